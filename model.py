@@ -1,0 +1,144 @@
+"""The Llama architecture: weights, and the arithmetic that one forward pass does with them.
+
+It owns no sequence: the cache is the caller's. It knows nothing of files, sampling, quantization or devices.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """The shape of a Llama; what `config.json` says, in our names."""
+
+    dim: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    head_dim: int
+    ffn_dim: int
+    vocab_size: int
+    norm_eps: float
+    rope_theta: float
+    rope_scale: float  # linear rope scaling: positions are divided by it; 1.0 is none
+    max_seq_length: int  # positions that the model was trained for: prompt and answer together
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, (int, field.type)) or isinstance(value, bool) or not value > 0:
+                raise ValueError(f"{field.name} = {value!r} in the model's config: it must be a positive number")
+        if self.n_head % self.n_kv_head or self.head_dim % 2:
+            raise ValueError(
+                f"n_head {self.n_head}, n_kv_head {self.n_kv_head}, head_dim {self.head_dim} in the model's config: "
+                "heads must be a multiple of KV heads and head_dim even"
+            )
+
+
+class KVCache(nn.Module):
+    """Keys and values of one layer and one batch, [B, n_kv_head, max_seq_length, head_dim] each, allocated once.
+
+    A module, because dynamo gives a module's buffers a static address even where the module arrives as an argument.
+    The memory is not touched before a position is written: on a CPU an unused tail costs nothing.
+    """
+
+    def __init__(self, batch: int, max_seq_length: int, args: ModelArgs, like: Tensor) -> None:
+        super().__init__()
+        shape = (batch, args.n_kv_head, max_seq_length, args.head_dim)
+        self.register_buffer("k", like.new_empty(shape))
+        self.register_buffer("v", like.new_empty(shape))
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalization, https://arxiv.org/abs/1910.07467."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; the three input projections are one product, `wqkv` = rows of q, then k, then v."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.wqkv = nn.Linear(args.dim, (args.n_head + 2 * args.n_kv_head) * args.head_dim, bias=False)
+        self.wo = nn.Linear(args.n_head * args.head_dim, args.dim, bias=False)
+
+    def forward(self, x: Tensor, rope: Tensor, input_pos: Tensor, cache: KVCache) -> Tensor:
+        return self.wo(kernels.attention(self.wqkv(x), rope, input_pos, cache.k, cache.v))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU, https://arxiv.org/abs/2002.05202; `w13` = rows of the gate w1, then of w3, so that both are one product."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.w13 = nn.Linear(args.dim, 2 * args.ffn_dim, bias=False)
+        self.w2 = nn.Linear(args.ffn_dim, args.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w13(x).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * up)
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.attention = Attention(args)
+        self.feed_forward = FeedForward(args)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    @torch.compiler.nested_compile_region  # compiled once, called for every layer: compile time does not grow with depth
+    def forward(self, x: Tensor, rope: Tensor, input_pos: Tensor, cache: KVCache) -> Tensor:
+        h = x + self.attention(self.attention_norm(x), rope, input_pos, cache)
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class Transformer(nn.Module):
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layer))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+
+    def make_cache(self, max_seq_length: int, batch: int = 1) -> nn.ModuleList:
+        """An empty cache of `max_seq_length` positions, one KVCache a layer, in the dtype of the embeddings."""
+        like = self.tok_embeddings.weight
+        return nn.ModuleList(KVCache(batch, max_seq_length, self.args, like) for _ in self.layers)
+
+    def forward(self, tokens: Tensor, input_pos: Tensor, cache: nn.ModuleList, last_only: bool = False) -> Tensor:
+        """Logits in float32 of `tokens` [B, S] at the positions `input_pos` [S], which are consecutive.
+
+        Keys and values are written to `cache` at these positions; positions behind them are not looked at. Returns
+        [B, S, vocab_size], or [B, 1, vocab_size] of the last position where `last_only`.
+        """
+        x = self.tok_embeddings(tokens)
+        rope = rope_table(input_pos, self.args)
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            x = layer(x, rope, input_pos, layer_cache)
+        return self.output(self.norm(x[:, -1:] if last_only else x)).float()
+
+
+def rope_table(input_pos: Tensor, args: ModelArgs) -> Tensor:
+    """Cosines, then sines, of the rotary angles at `input_pos` [S]: [S, head_dim] in float32.
+
+    Half-split convention, as Hugging Face checkpoints have it: channel i turns with channel i + head_dim / 2 by
+    position / rope_scale * rope_theta ** (-2 i / head_dim). https://arxiv.org/abs/2104.09864
+    """
+    exponent = torch.arange(0, args.head_dim, 2, dtype=torch.float32, device=input_pos.device) / args.head_dim
+    angles = torch.outer(input_pos.float(), 1.0 / (args.rope_theta**exponent * args.rope_scale))
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)

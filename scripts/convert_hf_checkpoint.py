@@ -1,0 +1,222 @@
+"""Convert a Llama checkpoint in Hugging Face layout, on disk, to the one file that generate.py reads.
+
+    python -m scripts.convert_hf_checkpoint --checkpoint_dir checkpoints/$MODEL_REPO [--precision float32]
+
+Reads safetensors and .bin, whole or sharded, with torch alone; what this program cannot run is refused by name.
+"""
+
+import signal
+import warnings
+
+if __name__ == "__main__":  # before torch, whose import takes a second (Ctrl-C) and warns where numpy is missing
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+
+import argparse
+import json
+import pickle
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import sentencepiece
+import torch
+from torch import Tensor
+
+from model import ModelArgs
+from quantize import build_model, progress, run, write_checkpoint
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+LAYER = {  # Hugging Face's name in a layer -> (ours, which of the parts that are stacked there)
+    "self_attn.q_proj": ("attention.wqkv", 0), "self_attn.k_proj": ("attention.wqkv", 1),
+    "self_attn.v_proj": ("attention.wqkv", 2), "self_attn.o_proj": ("attention.wo", 0),
+    "mlp.gate_proj": ("feed_forward.w13", 0), "mlp.up_proj": ("feed_forward.w13", 1),
+    "mlp.down_proj": ("feed_forward.w2", 0), "input_layernorm": ("attention_norm", 0),
+    "post_attention_layernorm": ("ffn_norm", 0),
+}  # fmt: skip
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file, ValueError where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; give a directory in Hugging Face layout") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object: download it again")
+    return content
+
+
+def model_args(config: dict) -> ModelArgs:
+    """The shape that a Hugging Face config.json describes, in either spelling; ValueError for what we cannot run."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    unsupported = {
+        "model_type": config.get("model_type") != "llama",
+        "attention_bias": config.get("attention_bias", False),
+        "mlp_bias": config.get("mlp_bias", False),
+        "hidden_act": config.get("hidden_act", "silu") != "silu",
+        "quantization_config": config.get("quantization_config"),
+    }
+    for key, refused in unsupported.items():
+        if refused:
+            raise ValueError(f"config.json: {key} = {config.get(key)!r} is not supported: this program runs plain Llama models")
+    if rope_type not in ("default", "linear"):
+        raise ValueError(f"config.json: rope scaling {rope_type!r} is not supported: only linear scaling is")
+    try:
+        dim, n_head = config["hidden_size"], config["num_attention_heads"]
+        return ModelArgs(
+            dim=dim, n_layer=config["num_hidden_layers"], n_head=n_head,
+            n_kv_head=config.get("num_key_value_heads") or n_head, head_dim=config.get("head_dim") or dim // n_head,
+            ffn_dim=config["intermediate_size"], vocab_size=config["vocab_size"], norm_eps=config["rms_norm_eps"],
+            rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
+            rope_scale=rope["factor"] if rope_type == "linear" else 1.0,
+            max_seq_length=config["max_position_embeddings"],
+        )  # fmt: skip
+    except KeyError as error:
+        raise ValueError(f"config.json: {error} is missing: it is not a Llama's, or incomplete") from error
+    except (TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"config.json: a number is not a number ({error}): download it again") from error
+
+
+def read_tokenizer(folder: Path, vocab_size: int) -> bytes:
+    path = folder / "tokenizer.model"
+    try:
+        content = path.read_bytes()
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=content).vocab_size()
+    except (FileNotFoundError, RuntimeError) as error:
+        raise ValueError(f"{path}: no sentencepiece tokenizer there; other tokenizers are not supported") from error
+    if pieces > vocab_size:
+        raise ValueError(f"{path}: {pieces} pieces for a model of vocab_size {vocab_size}: it belongs to another model")
+    return content
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint in one format: safetensors before .bin, a sharded one by its index."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+            missing = [shard for shard in shards if not (folder / shard).is_file()]
+            if missing or not shards:
+                raise ValueError(f"{folder / (missing or [index.name])[0]} is missing or empty: download it again")
+            return [folder / shard for shard in shards]
+        if (folder / name).is_file():
+            return [folder / name]
+    raise ValueError(f"{folder}: neither model.safetensors nor pytorch_model.bin (nor an index of shards) there")
+
+
+def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a safetensors file, mapped: 8 bytes of length, a JSON header of that length, raw data."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length)) if 0 < length <= size - 8 else {}
+    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
+    header.pop("__metadata__", None)
+    if not header or max(entry["data_offsets"][1] for entry in header.values()) > len(data):
+        raise ValueError("cut short")
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        raw, dtype = data[start:end], DTYPES[entry["dtype"]]
+        aligned = raw if raw.storage_offset() % dtype.itemsize == 0 else raw.clone()
+        yield name, aligned.view(dtype).view(entry["shape"])
+
+
+def read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    """All (name, tensor) of the files; mapped, but for .bin in the legacy format, of which one file is in memory at a time."""
+    for path in files:
+        try:
+            if path.suffix == ".safetensors":
+                yield from read_safetensors(path)
+            else:
+                with open(path, "rb") as file:
+                    zipped = file.read(2) == b"PK"
+                yield from torch.load(path, mmap=zipped, weights_only=True, map_location="cpu").items()
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
+            reason = f"cut short, damaged or no file of weights ({type(error).__name__})"
+            raise ValueError(f"{path} is {reason}: download it again") from error
+
+
+def our_name(name: str) -> tuple[str, int] | None:
+    """Our tensor's name for Hugging Face's, and the part of it; None for one that is not a Llama's."""
+    top = {"model.embed_tokens.weight": "tok_embeddings", "model.norm.weight": "norm", "lm_head.weight": "output"}
+    if name in top:
+        return f"{top[name]}.weight", 0
+    model, _, rest = name.partition(".layers.")
+    number, _, inner = rest.partition(".")
+    layer = LAYER.get(inner.removesuffix(".weight"))
+    return (f"layers.{number}.{layer[0]}.weight", layer[1]) if model == "model" and layer else None
+
+
+def targets(args: ModelArgs, tensors: dict[str, Tensor]) -> dict[tuple[str, int], Tensor]:
+    """The place in `tensors` of every (name, part)."""
+    q, kv = args.n_head * args.head_dim, args.n_kv_head * args.head_dim
+    parts = {"wqkv": [q, kv, kv], "w13": [args.ffn_dim, args.ffn_dim]}
+    places = {}
+    for name, tensor in tensors.items():
+        for part, place in enumerate(tensor.split(parts.get(name.split(".")[-2], [len(tensor)]))):
+            places[name, part] = place
+    return places
+
+
+def check_tensors(files: list[Path], places: dict[tuple[str, int], Tensor], tied: bool) -> None:
+    """ValueError unless the files hold a float tensor of the right shape for every place, and nothing else."""
+    missing = dict.fromkeys(places)
+    for name, tensor in read_tensors(files):
+        if name.endswith("rotary_emb.inv_freq"):
+            continue
+        place = our_name(name)
+        if place not in places:
+            raise ValueError(f"{name}: a tensor that a Llama of this config.json does not have")
+        if tensor.shape != places[place].shape or not tensor.is_floating_point():
+            wanted = list(places[place].shape)
+            raise ValueError(f"{name}: {list(tensor.shape)} {tensor.dtype} where config.json says {wanted} floats")
+        missing.pop(place, None)
+    if tied:
+        missing.pop(("output.weight", 0), None)
+    if missing:
+        raise ValueError(f"{next(iter(missing))[0]}: missing from {files[0]} and its shards: download it again")
+
+
+def convert(folder: Path, precision: str) -> Path:
+    """Write folder/model.pth from the Hugging Face files in `folder`; takes the memory of the largest tensor."""
+    config = read_json(folder / "config.json")
+    args, tied = model_args(config), bool(config.get("tie_word_embeddings", False))
+    tokenizer = read_tokenizer(folder, args.vocab_size)
+    templates = [folder / name for name in ("tokenizer_config.json", "chat_template.jinja")]
+    chat = any(path.is_file() and b"<<SYS>>" in path.read_bytes() for path in templates)
+    dtype, files = getattr(torch, precision), weight_files(folder)
+    shapes = build_model(args, None, dtype).state_dict()
+    check_tensors(files, targets(args, shapes), tied)
+    tensors = {name: torch.empty_like(shape, device="cpu") for name, shape in shapes.items()}
+    if tied:
+        tensors["output.weight"] = tensors["tok_embeddings.weight"]
+
+    def fill(mapped: dict[str, Tensor]) -> None:
+        places = targets(args, mapped)
+        counted = progress(range(len(places) - tied), "converting")
+        for name, tensor in read_tensors(files):
+            place = our_name(name)
+            if place in places and not (tied and place[0] == "output.weight"):
+                next(counted)
+                places[place].copy_(tensor)
+
+    header = {"config": asdict(args), "quantization": None, "chat": chat, "tokenizer": tokenizer}
+    write_checkpoint(folder / "model.pth", header, tensors, fill)
+    return folder / "model.pth"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Convert a Hugging Face Llama checkpoint to model.pth beside it.")
+    parser.add_argument("--checkpoint_dir", type=Path, required=True, help="directory in Hugging Face layout")
+    parser.add_argument("--precision", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights (bfloat16)")
+    args = parser.parse_args()
+    print(f"wrote {convert(args.checkpoint_dir, args.precision)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)
