@@ -30,7 +30,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from model import Transformer
-from quantize import load_model, read_checkpoint, run
+from quantize import check_device, load_model, read_checkpoint, run
 
 PREFILL_ROWS = 512  # a prompt runs in chunks of so many rows: bounded memory, and Ctrl-C is heard in between
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -266,8 +266,7 @@ def read_prompt(text: str) -> str:
 
 def check_machine(args: argparse.Namespace) -> None:
     """ValueError where the device or the compiler that the flags ask for is not there."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no CUDA device is there (or this torch is built without CUDA); use --device cpu")
+    check_device(args.device)
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if (args.compile or args.compile_prefill) and not shutil.which(compiler):
         raise ValueError(f"--compile needs a C++ compiler and {compiler} is not there: install one, or leave --compile away")

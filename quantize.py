@@ -12,16 +12,20 @@ if __name__ == "__main__":  # before torch, whose import takes a second (Ctrl-C)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
+import argparse
+import math
 import mmap
 import os
 import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import sentencepiece
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from torch.serialization import set_default_mmap_options, skip_data
 
@@ -29,6 +33,8 @@ import kernels
 from model import ModelArgs, Transformer
 
 GROUPSIZES = (32, 64, 128, 256)
+SLAB = 2**21  # weights quantized at a time
+TINY = torch.finfo(torch.float32).tiny  # in place of a scale of zero: any level will do
 
 
 class Linear(nn.Module):
@@ -138,6 +144,7 @@ def write_checkpoint(path: Path, header: dict, tensors: dict[str, Tensor], fill:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()  # says what is wrong with the folder; torch.save would not
         with skip_data():
             torch.save({**header, "id": os.urandom(16).hex(), "model": tensors}, temporary)
         with open(temporary, "r+b") as file:
@@ -147,8 +154,142 @@ def write_checkpoint(path: Path, header: dict, tensors: dict[str, Tensor], fill:
             fill(mapped)
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save knows only RuntimeError
+        size = sum({t.data_ptr(): t.nbytes for t in tensors.values()}.values())
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OSError(
+            f"{path} was not written ({reason}): it needs {size / 1e9:.2f} GB in a folder that can be written"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def quantize_int8(weight: Tensor) -> dict[str, Tensor]:
+    """Symmetric 8 bits for float32 `weight` [out, in]: the largest of each output channel becomes 127."""
+    scale = weight.abs().amax(dim=1) / 127
+    levels = (weight / scale.clamp(min=TINY)[:, None]).round().clamp(-127, 127)
+    return {"weight": levels.to(torch.int8), "scale": scale}
+
+
+def quantize_int4(weight: Tensor, groupsize: int, rounds: int = 5) -> dict[str, Tensor]:
+    """4 bits for float32 `weight` [out, in]: per group, 16 levels from `minimum` on in steps of `scale`.
+
+    From the group's extremes, `rounds` of alternating least squares: levels for (scale, minimum), then the regression
+    line of the weights over their levels; per group the best of all rounds is kept, in the bfloat16 that is stored.
+    """
+    w = weight.unflatten(1, (-1, groupsize))
+    low, high = w.aminmax(dim=-1)
+    scale, minimum = (high / 15 - low / 15).bfloat16(), low.bfloat16()
+    for i in range(rounds + 1):
+        levels = ((w - minimum[..., None].float()) / scale[..., None].float().clamp(min=TINY)).round().clamp(0, 15)
+        error = (torch.addcmul(minimum[..., None].float(), levels, scale[..., None].float()) - w).square().sum(dim=-1)
+        if i == 0:
+            best = {"error": error, "weight": levels, "scale": scale, "minimum": minimum}
+        better = error < best["error"]
+        for name, value in {"error": error, "weight": levels, "scale": scale, "minimum": minimum}.items():
+            best[name] = torch.where(better.unsqueeze(-1) if name == "weight" else better, value, best[name])
+        mean, centred = w.mean(dim=-1), levels - levels.mean(dim=-1, keepdim=True)
+        slope = (centred * w).sum(dim=-1) / centred.square().sum(dim=-1).clamp(min=TINY)
+        scale = slope.bfloat16()
+        minimum = (mean - scale.float() * levels.mean(dim=-1)).bfloat16()
+    pairs = best["weight"].to(torch.uint8).flatten(1)
+    return {"weight": pairs[:, ::2] | pairs[:, 1::2] << 4, "scale": best["scale"], "minimum": best["minimum"]}
+
+
+def quantize(checkpoint: Checkpoint, quantization: dict, device: str, path: Path) -> None:
+    """Write to `path` what `checkpoint` becomes under `quantization`, computed on `device` in slabs of a few rows."""
+    if checkpoint.quantization is not None:
+        raise ValueError(f"{checkpoint.path} is quantized already ({checkpoint.quantization['mode']}): give the original")
+    source = checkpoint.model
+    shapes = build_model(checkpoint.args, quantization, source["norm.weight"].dtype).state_dict()
+
+    def fill(mapped: dict[str, Tensor]) -> None:
+        for name, weight in progress(source.items(), "quantizing"):
+            layer = name.removesuffix(".weight")
+            groupsize = groupsize_of(layer, quantization) if f"{layer}.scale" in mapped else None
+            rows = max(1, SLAB // weight[0].numel())
+            for start in range(0, len(weight), rows):
+                slab = weight[start : start + rows].to(device)
+                if not slab.isfinite().all():
+                    raise ValueError(f"{checkpoint.path}: {name} holds NaN or infinity: get the checkpoint again")
+                parts = {"weight": slab}
+                if groupsize is not None:
+                    parts = quantize_int4(slab.float(), groupsize) if groupsize else quantize_int8(slab.float())
+                for part, value in parts.items():
+                    mapped[f"{layer}.{part}"][start : start + rows].copy_(value)
+
+    header = {"config": asdict(checkpoint.args), "quantization": quantization}
+    header |= {"chat": checkpoint.chat, "tokenizer": checkpoint.tokenizer}
+    write_checkpoint(path, header, {name: torch.empty_like(shape, device="cpu") for name, shape in shapes.items()}, fill)
+
+
+@torch.inference_mode()
+def compare(original: Checkpoint, quantized: Checkpoint, text: str, device: str) -> str:
+    """What quantizing costs on `text`: a table of perplexity, mean KL divergence from the original, share of positions
+    whose most likely token is the same, bytes, and bits per weight of the linear layers. In float32, in windows of 512."""
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=original.tokenizer)
+    ids, window = tokenizer.encode(text), min(512, original.args.max_seq_length)
+    if not ids:
+        raise ValueError("--check: the text is empty: give a file with some text")
+    models = [load_model(checkpoint, device, torch.float32) for checkpoint in (original, quantized)]
+    losses, divergence, same, count = [0.0, 0.0], 0.0, 0, 0
+    for start in progress(range(0, len(ids), window - 1), "checking"):
+        tokens = torch.tensor([[tokenizer.bos_id(), *ids[start : start + window - 1]]], device=device)
+        positions, wanted = torch.arange(tokens.shape[1] - 1, device=device), tokens[0, 1:]
+        logs = [m(tokens[:, :-1], positions, m.make_cache(window))[0].log_softmax(-1) for m in models]
+        for i, log in enumerate(logs):
+            losses[i] -= log.gather(1, wanted[:, None]).sum().item()
+        divergence += F.kl_div(logs[1], logs[0], reduction="sum", log_target=True).item()
+        same += (logs[0].argmax(-1) == logs[1].argmax(-1)).sum().item()
+        count += len(wanted)
+    others = ("norm", "embeddings")
+    linear = [[t for n, t in c.model.items() if not any(o in n for o in others)] for c in (original, quantized)]
+    lines = [f"{'':24}{'perplexity':>12}{'mean KL':>10}{'same top':>10}{'bytes':>16}{'bits/weight':>13}"]
+    for i, path in enumerate((original.path, quantized.path)):
+        bits = 8 * sum(t.nbytes for t in linear[i]) / sum(t.numel() for t in linear[0])
+        quality = f"{divergence / count:10.5f}{same / count:10.2%}" if i else f"{'-':>10}{'-':>10}"
+        lines.append(f"{path.name:24}{math.exp(losses[i] / count):12.4f}{quality}{path.stat().st_size:16,}{bits:13.3f}")
+    return "\n".join(lines)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Quantize the weights of a checkpoint to 8 or 4 bits, into a file beside it.")
+    add = parser.add_argument
+    add("--checkpoint_path", type=Path, required=True, help="model.pth, as scripts/prepare.sh made it")
+    add("--mode", choices=["int8", "int4"], default="int8", help="int8 per channel, or int4 in groups (int8)")
+    add("--groupsize", type=int, choices=GROUPSIZES, default=32, help="of int4: smaller is better and larger (32)")
+    add("--device", choices=["cuda", "cpu"], default="cpu", help="what computes; names an int4 file, which runs on both (cpu)")
+    add("--check", type=Path, metavar="TEXT_FILE", help="then say what was lost: perplexity and more on this text")
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    check_device(args.device)
+    text = args.check and read_text(args.check)
+    checkpoint = read_checkpoint(args.checkpoint_path)
+    quantization, suffix = {"mode": "int8"}, "int8"
+    if args.mode == "int4":
+        quantization = {"mode": "int4", "groupsize": args.groupsize}
+        suffix = f"int4.g{args.groupsize}.{args.device}"
+    path = args.checkpoint_path.with_name(f"{args.checkpoint_path.stem}_{suffix}.pth")
+    quantize(checkpoint, quantization, args.device, path)
+    print(f"wrote {path}", file=sys.stderr)
+    if args.check:
+        print(compare(checkpoint, read_checkpoint(path), text, args.device))
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, ValueError where it is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}): convert it, for example with iconv") from error
+
+
+def check_device(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no CUDA device is there (or this torch is built without CUDA); use --device cpu")
 
 
 def progress(items: Sequence, what: str) -> Iterator:
@@ -174,3 +315,7 @@ def run(main: Callable[[], None]) -> None:
         sys.exit("the device is too small for this model: quantize it, or use --device cpu")
     except (ValueError, OSError, MemoryError) as error:
         sys.exit(" ".join(str(error).split()))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -210,11 +210,15 @@ def convert(folder: Path, precision: str) -> Path:
     return folder / "model.pth"
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Convert a Hugging Face Llama checkpoint to model.pth beside it.")
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="directory in Hugging Face layout")
     parser.add_argument("--precision", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights (bfloat16)")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
     print(f"wrote {convert(args.checkpoint_dir, args.precision)}", file=sys.stderr)
 
 

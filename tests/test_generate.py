@@ -1,0 +1,277 @@
+"""Sampling, the loop, compiled equal to eager, streaming, and the command line's output."""
+
+import itertools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from conftest import DEMO, generated, make_sampling, new_engine
+
+from generate import TextStream, generate, gumbel_noise, hash32, sample
+
+ROOT = Path(__file__).parents[1]
+GOLDEN_PROMPT = "The following example"
+TOKENIZER = sentencepiece.SentencePieceProcessor(model_file=str(DEMO / "target" / "tokenizer.model"))
+PROMPT = [TOKENIZER.bos_id(), *TOKENIZER.encode(GOLDEN_PROMPT)]
+
+
+def run_cli(*flags: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "generate.py", *map(str, flags)]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=True)
+
+
+def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
+    """Pearson's statistic over its degrees of freedom, in standard deviations from its mean."""
+    expected = probabilities * counts.sum()
+    freedom = int((probabilities > 0).sum()) - 1
+    kept = probabilities > 0
+    assert counts[~kept].sum() == 0
+    statistic = ((counts - expected)[kept] ** 2 / expected[kept]).sum().item()
+    return (statistic - freedom) / math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_samples_follow_the_softmax(top_k: int | None) -> None:
+    """200,000 draws, as many positions of one seed."""
+    logits = torch.randn(40, generator=torch.Generator().manual_seed(0)) * 1.5
+    temperature, draws = 0.7, 200_000
+    ids = sample(logits.expand(draws, -1), torch.arange(draws), make_sampling(7, temperature, top_k))
+    kept = logits if top_k is None else logits.masked_fill(logits < logits.topk(top_k).values[-1], -math.inf)
+    assert abs(chi_square(torch.bincount(ids, minlength=40).float(), (kept / temperature).softmax(-1))) < 4
+
+
+def test_temperature_zero_is_the_argmax() -> None:
+    logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(sample(logits, torch.arange(50), make_sampling(3, 0.0)), logits.argmax(-1))
+
+
+def test_noise_is_gumbel_and_uncorrelated() -> None:
+    """Mean Euler's constant, variance pi^2 / 6; positions, tokens and seeds side by side do not know of each other."""
+    noise = torch.stack([gumbel_noise(torch.tensor(seed, dtype=torch.int32), torch.arange(500), 1000) for seed in range(4)])
+    assert torch.isfinite(noise).all()
+    assert abs(noise.mean().item() - 0.5772157) < 0.005
+    assert abs(noise.var().item() - math.pi**2 / 6) < 0.01
+    for shift in (1, 2, 16):
+        for dim in (0, 1, 2) if shift < 4 else (1, 2):
+            size = noise.shape[dim] - shift
+            pair = torch.stack([noise.narrow(dim, 0, size).flatten(), noise.narrow(dim, shift, size).flatten()])
+            assert abs(torch.corrcoef(pair)[0, 1].item()) < 5 / math.sqrt(pair.shape[1])
+
+
+def test_noise_depends_on_nothing_but_seed_position_and_token() -> None:
+    seed = torch.tensor(5, dtype=torch.int32)
+    whole = gumbel_noise(seed, torch.arange(100), 64)
+    assert torch.equal(gumbel_noise(seed, torch.arange(40, 50), 64), whole[40:50])
+    assert torch.equal(gumbel_noise(seed, torch.tensor([7]), 32), whole[7:8, :32])
+
+
+def reference_hash(x: int) -> int:
+    x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+    x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def test_hash_is_bit_equal_eager_compiled_and_in_python() -> None:
+    x = torch.randint(-(2**31), 2**31, (4096,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    expected = [reference_hash(value & 0xFFFFFFFF) for value in x.tolist()]
+    assert [value & 0xFFFFFFFF for value in hash32(x).tolist()] == expected
+    assert torch.equal(torch.compile(hash32)(x), hash32(x))
+
+
+@pytest.fixture(scope="module")
+def compiled(target):
+    engine = new_engine(target)
+    engine.compile(prefill=True, sampling=make_sampling())
+    return engine
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("top_k", [None, 20])
+def test_compiled_equals_eager(target, compiled, temperature: float, top_k: int | None) -> None:
+    if top_k is not None:
+        compiled = new_engine(target)
+        compiled.compile(prefill=False, sampling=make_sampling(1, 0.5, top_k))
+    sampling = make_sampling(11, temperature, top_k)
+    eager = generated(new_engine(target), PROMPT, 60, sampling)
+    assert generated(compiled, PROMPT, 60, sampling) == eager
+
+
+def test_no_recompilation_over_prompt_lengths_and_fillings(compiled) -> None:
+    from torch._dynamo.utils import counters  # noqa: PLC0415
+
+    before = counters["stats"]["unique_graphs"]
+    for length in (*range(1, 300, 13), 300, 513, 800):
+        generated(compiled, (PROMPT * 400)[:length], 3, make_sampling(length, 0.5))
+    assert counters["stats"]["unique_graphs"] == before > 0
+
+
+def test_a_second_process_with_another_prompt_length_compiles_nothing(demo, tmp_path: Path) -> None:
+    code = (
+        "import sys, json, generate; from quantize import run; run(generate.main);"
+        "from torch._dynamo.utils import counters; print(json.dumps(counters['inductor']), file=sys.stderr)"
+    )
+
+    def counters(prompt: str) -> dict:
+        flags = [
+            "--compile",
+            "--compile_prefill",
+            "--checkpoint_path",
+            demo["draft"],
+            "--prompt",
+            prompt,
+            "--max_new_tokens",
+            "2",
+        ]
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        command = [sys.executable, "-c", code, *map(str, flags)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        return json.loads(done.stderr.splitlines()[-1])
+
+    assert counters("One")["fxgraph_cache_miss"] > 0
+    second = counters("A much longer prompt than the first one was, " * 20)
+    assert second.get("fxgraph_cache_miss", 0) == 0
+    assert second["fxgraph_cache_hit"] > 0
+
+
+def test_same_seed_same_text_other_seed_other_text(target) -> None:
+    first, again, other = (generated(new_engine(target), PROMPT, 40, make_sampling(seed, 0.8)) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_cached_tokens_of_the_prompt_do_not_run_again(target) -> None:
+    """The text is the same wherever the cached part ends, and only the rest passes through the model."""
+    engine, sampling, rows = new_engine(target), make_sampling(3, 0.8), []
+    expected = generated(engine, PROMPT * 5, 20, sampling)
+    target.tok_embeddings.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0].shape[1]))
+    try:
+        for cached in (len(PROMPT * 5) - 1, 17, 1):
+            rows.clear()
+            assert list(generate(engine, PROMPT * 5, cached, 20, None, sampling)) == expected
+            assert rows == [len(PROMPT * 5) - cached, *[1] * 19]
+    finally:
+        target.tok_embeddings._forward_hooks.clear()
+
+
+def reason(iterator) -> tuple[list[int], str]:
+    ids = []
+    while True:
+        try:
+            ids.append(next(iterator))
+        except StopIteration as stop:
+            return ids, stop.value
+
+
+def test_it_says_why_it_stopped(target) -> None:
+    engine, greedy = new_engine(target), make_sampling()
+    ids, why = reason(generate(engine, PROMPT, 0, 30, None, greedy))
+    assert (len(ids), why) == (30, "max_new_tokens 30")
+    cut, why = reason(generate(engine, PROMPT, 0, 30, ids[12], greedy))
+    assert (cut, why) == (ids[: ids.index(ids[12])], "end of sequence")
+    assert reason(generate(engine, PROMPT, 0, 1, None, greedy))[0] == ids[:1]
+
+
+def test_the_context_is_used_to_its_last_position(target) -> None:
+    """A prompt of 1,020 in a context of 1,024 has room for 4 more tokens, and the one that follows them."""
+    long = (PROMPT * 400)[:1020]
+    ids, why = reason(generate(new_engine(target), long, 0, 100, None, make_sampling()))
+    assert len(ids) == 5
+    assert why == "context of 1024 tokens is full"
+    assert reason(generate(new_engine(target), long + ids[:4], 0, 100, None, make_sampling()))[0] == ids[4:]
+
+
+GOLDEN = json.loads((Path(__file__).parent / "demo" / "golden.json").read_text())
+
+
+def test_golden_text_of_the_demo(target, compiled) -> None:
+    """Float32, greedy: what every path has to give."""
+    for engine in (new_engine(target), compiled):
+        ids = generated(engine, PROMPT, len(GOLDEN["ids"]), make_sampling())
+        assert ids == GOLDEN["ids"]
+    stream = TextStream(TOKENIZER)
+    assert "".join(map(stream.push, ids)) + stream.finish() == GOLDEN["text"]
+
+
+def test_streamed_text_equals_the_decoded_ids() -> None:
+    """Emoji, CJK, control and unknown tokens, and any bytes, half characters among them."""
+    head = TOKENIZER.encode("The")
+    texts = ["naïve café 東京都 👩‍👩‍👧 🇫🇷 end", "tabs\tand\nlines\n\n  indented", "x = {'a': [1, 2]}", "\u2047 \u2581"]
+    bytes_ = [i for i in range(TOKENIZER.vocab_size()) if TOKENIZER.is_byte(i)]
+    random = torch.randint(0, TOKENIZER.vocab_size(), (50, 30), generator=torch.Generator().manual_seed(0)).tolist()
+    torn = [[bytes_[byte] for byte in raw] for raw in (b"\xf0\x9f", b"\xe2\x82\xac\xe2\x82", b"\xff\xfea", b"\x80\xc3\xa9")]
+    for ids in [*map(TOKENIZER.encode, texts), *random, *torn, *(t + TOKENIZER.encode("b") for t in torn)]:
+        stream = TextStream(TOKENIZER)
+        text = "".join(map(stream.push, ids)) + stream.finish()
+        assert text == TOKENIZER.decode(head + ids).removeprefix(TOKENIZER.decode(head))
+
+
+def test_half_a_character_waits_and_a_whole_one_does_not() -> None:
+    stream = TextStream(TOKENIZER)
+    bytes_ = {TOKENIZER.id_to_piece(i): i for i in range(TOKENIZER.vocab_size()) if TOKENIZER.is_byte(i)}
+    pieces = [stream.push(bytes_[f"<0x{byte:02X}>"]) for byte in "é👍\n".encode()]
+    assert pieces == ["", "é", "", "", "", "👍", "\n"]
+
+
+STATISTICS = {
+    "Load time": r"[\d.]+ s", "Prompt tokens": r"\d+ \(\d+ cached\)", "Time to first token": r"[\d.]+ s",
+    "Prefill": r"[\d.]+ tokens/s", "Decode": r"[\d.]+ tokens/s \(\d+ tokens in [\d.]+ s\)", "Weights read": r"[\d.]+ GB/s",
+    "Stopped": r"max_new_tokens 12", "Peak memory": r"[\d.]+ GB \(RSS\)",
+}  # fmt: skip
+
+
+def test_stdout_has_the_text_and_stderr_the_statistics(demo, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    flags = ["--checkpoint_path", demo["target"], "--max_new_tokens", "12", "--ignore_eos", "--temperature", "0"]
+    done = run_cli(*flags, "--prompt", GOLDEN_PROMPT, "--precision", "float32", "--profile", trace)
+    assert GOLDEN["text"].startswith(done.stdout)
+    assert done.stdout
+    lines = dict(line.split(": ", 1) for line in done.stderr.splitlines())
+    assert lines.keys() == STATISTICS.keys()
+    assert all(re.fullmatch(pattern, lines[name]) for name, pattern in STATISTICS.items())
+    assert json.loads(trace.read_text())["traceEvents"]
+
+
+def test_sample_i_is_the_answer_of_seed_plus_i(demo) -> None:
+    flags = ["--checkpoint_path", demo["target"], "--max_new_tokens", "20", "--precision", "float32"]
+    both = run_cli(*flags, "--seed", "5", "--num_samples", "2")
+    alone = [run_cli(*flags, "--seed", seed).stdout for seed in (5, 6)]
+    assert both.stdout == "\n".join(alone)
+    assert [re.search(r"\((\d+) cached", line)[1] for line in both.stderr.splitlines() if "cached" in line][0] == "0"
+
+
+def test_a_prompt_on_standard_input_is_the_same_prompt(demo) -> None:
+    flags = ["--checkpoint_path", demo["target"], "--max_new_tokens", "5", "--prompt"]
+    command = [sys.executable, "generate.py", *map(str, flags), "-"]
+    piped = subprocess.run(command, cwd=ROOT, input="Zürich 東京\n", capture_output=True, text=True, check=True)
+    assert piped.stdout == run_cli(*flags, "Zürich 東京").stdout
+
+
+def test_normal_use_prints_no_warning(demo, tmp_path: Path) -> None:
+    """Every line on stderr is a statistic, also where numpy is missing and everything is compiled anew."""
+    (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError('none here', name='numpy')")
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
+    done = run_cli("--checkpoint_path", demo["draft"], "--compile", "--max_new_tokens", "3", **environment)
+    names = {line.split(": ")[0] for line in done.stderr.splitlines()}
+    assert names == STATISTICS.keys() | {"Compile time"}
+
+
+def test_compile_time_does_not_grow_with_the_number_of_layers(random_llama) -> None:
+    """The compiled step calls one compiled block: as many graphs' worth of code for 2 layers as for 6."""
+    from torch._inductor.utils import run_and_get_code  # noqa: PLC0415
+
+    from quantize import load_model, read_checkpoint  # noqa: PLC0415
+    from scripts.convert_hf_checkpoint import convert  # noqa: PLC0415
+
+    sizes = []
+    for layers in (2, 6):
+        _, folder = random_llama(num_hidden_layers=layers)
+        model = load_model(read_checkpoint(convert(folder, "float32")), "cpu", torch.float32)
+        _, code = run_and_get_code(new_engine(model).compile, False, make_sampling())
+        sizes.append(sum(text.count("cpp_fused") for text in itertools.chain(code)))
+    assert sizes[1] < sizes[0] * 1.5

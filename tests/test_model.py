@@ -1,0 +1,97 @@
+"""The forward pass against transformers, and the properties of a cache that the caller owns."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import assert_close, generated, make_sampling, new_engine
+
+from model import ModelArgs
+from quantize import load_model, read_checkpoint
+from scripts.convert_hf_checkpoint import convert
+
+CONFIGS = {
+    "multi_head": {"num_key_value_heads": 4},
+    "grouped_query": {"num_key_value_heads": 2},
+    "multi_query": {"num_key_value_heads": 1},
+    "tied": {"tie_word_embeddings": True},
+    "eps_1e-6": {"rms_norm_eps": 1e-6},
+    "eps_1e-5": {"rms_norm_eps": 1e-5},
+    "own_head_dim": {"head_dim": 24},
+    "theta_500000": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+    "linear_scaling": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+}
+
+
+def split_logits(model, tokens: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """Logits of `tokens` [B, S], run in consecutive pieces of the given sizes on a fresh cache."""
+    cache, start, logits = model.make_cache(tokens.shape[1], tokens.shape[0]), 0, []
+    for size in sizes:
+        logits.append(model(tokens[:, start : start + size], torch.arange(start, start + size), cache))
+        start += size
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_and_greedy_text_equal_transformers(random_llama, name: str) -> None:
+    reference, folder = random_llama(**CONFIGS[name])
+    model = load_model(read_checkpoint(convert(folder, "float32")), "cpu", torch.float32)
+    tokens = torch.randint(3, 2048, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        assert_close(split_logits(model, tokens, [40]), reference(tokens).logits)
+        theirs = reference.generate(tokens[:1], max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert generated(new_engine(model), tokens[0].tolist(), 30, make_sampling()) == theirs[0, 40:].tolist()
+
+
+@torch.inference_mode()
+def test_any_split_of_the_prompt_gives_the_same_logits(target) -> None:
+    tokens = torch.randint(3, 2048, (1, 60), generator=torch.Generator().manual_seed(2))
+    whole = split_logits(target, tokens, [60])
+    for sizes in ([1] * 60, [59, 1], [1, 59], [7, 20, 33], [16, 16, 16, 12]):
+        split = split_logits(target, tokens, sizes)
+        assert_close(split, whole)
+        assert torch.equal(split.argmax(-1), whole.argmax(-1))
+
+
+@torch.inference_mode()
+def test_last_only_is_the_last_row(target) -> None:
+    tokens = torch.randint(3, 2048, (1, 20), generator=torch.Generator().manual_seed(3))
+    whole = target(tokens, torch.arange(20), target.make_cache(32))
+    last = target(tokens, torch.arange(20), target.make_cache(32), last_only=True)
+    assert_close(last, whole[:, -1:])
+
+
+@torch.inference_mode()
+def test_two_conversations_on_one_model_do_not_disturb_each_other(target) -> None:
+    first, second = torch.randint(3, 2048, (2, 1, 30), generator=torch.Generator().manual_seed(4))
+    alone = split_logits(target, first, [30])
+    caches = target.make_cache(64), target.make_cache(64)
+    for start in range(0, 30, 10):
+        pos = torch.arange(start, start + 10)
+        mixed = target(first[:, start : start + 10], pos, caches[0])
+        target(second[:, start : start + 10], pos, caches[1])
+        assert_close(mixed, alone[:, start : start + 10])
+
+
+@torch.inference_mode()
+def test_what_lies_behind_the_position_does_not_matter(target) -> None:
+    tokens, pos = torch.randint(3, 2048, (1, 20), generator=torch.Generator().manual_seed(5)), torch.arange(20)
+    clean, dirty = target.make_cache(32), target.make_cache(700)
+    for layer in dirty:
+        layer.k.fill_(float("nan"))
+        layer.v.fill_(float("nan"))
+    assert torch.equal(target(tokens, pos, clean), target(tokens, pos, dirty))
+
+
+def test_args_refuse_what_is_no_shape(target) -> None:
+    fields = dataclasses.asdict(target.args)
+    for change in (
+        {"dim": 0},
+        {"dim": "256"},
+        {"n_layer": True},
+        {"norm_eps": float("nan")},
+        {"n_kv_head": 3},
+        {"head_dim": 31},
+    ):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            ModelArgs(**(fields | change))
