@@ -16,7 +16,6 @@ import argparse
 import math
 import os
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -29,6 +28,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from kernels import cpu
 from model import Transformer
 from quantize import check_device, load_model, read_checkpoint, run
 
@@ -267,9 +267,9 @@ def read_prompt(text: str) -> str:
 def check_machine(args: argparse.Namespace) -> None:
     """ValueError where the device or the compiler that the flags ask for is not there."""
     check_device(args.device)
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if (args.compile or args.compile_prefill) and not shutil.which(compiler):
-        raise ValueError(f"--compile needs a C++ compiler and {compiler} is not there: install one, or leave --compile away")
+    if (args.compile or args.compile_prefill) and cpu.compiler() is None:
+        name = os.environ.get("CXX", "g++")
+        raise ValueError(f"--compile needs a C++ compiler and {name} is not there: install one, or leave --compile away")
 
 
 def main() -> None:

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import cpu
+
 
 def dequantize(weight: Tensor, scale: Tensor | None, minimum: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The weight [out, in] in `dtype`, from any of the three stored layouts.
@@ -24,11 +26,25 @@ def dequantize(weight: Tensor, scale: Tensor | None, minimum: Tensor | None, dty
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, minimum: Tensor | None = None) -> Tensor:
     """`x` [..., in] times the transpose of a stored weight (see `dequantize`): [..., out] in the dtype of `x`."""
+    if x.device.type == "cpu":
+        return torch.ops.llama.linear(x, weight, scale, minimum)
+    return F.linear(x, dequantize(weight, scale, minimum, x.dtype))
+
+
+def _linear_cpu(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None) -> Tensor:
+    if cpu.suits(x, weight):
+        if x.dtype == torch.bfloat16 and x.numel() <= cpu.MAX_ROWS * x.shape[-1]:
+            return cpu.few_rows(x, weight, scale, minimum)
+        if scale is not None:
+            return cpu.many_rows(x, weight, scale, minimum)
     return F.linear(x, dequantize(weight, scale, minimum, x.dtype))
 
 
 def _attention(qkv: Tensor, rope: Tensor, input_pos: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
     batch, rows, _ = qkv.shape
+    few = batch == 1 and rows <= cpu.MAX_ROWS and qkv.dtype == torch.bfloat16
+    if qkv.device.type == "cpu" and few and cpu.library() is not None:
+        return cpu.attention(qkv, rope, input_pos, k_cache, v_cache)
     n_kv_head, head_dim = k_cache.shape[1], k_cache.shape[3]
     heads = qkv.view(batch, rows, -1, head_dim).transpose(1, 2)
     q, k, v = heads.split([heads.shape[1] - 2 * n_kv_head, n_kv_head, n_kv_head], dim=1)
@@ -50,16 +66,23 @@ def _rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
-def _attention_shape(qkv: Tensor, rope: Tensor, input_pos: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] - 2 * k_cache.shape[1] * k_cache.shape[3])
-
-
 _library = torch.library.Library("llama", "DEF")
+_library.define("linear(Tensor x, Tensor weight, Tensor? scale, Tensor? minimum) -> Tensor")
+_library.impl("linear", _linear_cpu, "CPU")
 # The write to the cache is not declared: torch 2.13 refuses alias annotations inside nested_compile_region. It is safe
 # because in a compiled step nothing but this operator touches a cache, once a layer, and its result is always used.
 _library.define("attention(Tensor qkv, Tensor rope, Tensor input_pos, Tensor k_cache, Tensor v_cache) -> Tensor")
 _library.impl("attention", _attention, "CompositeExplicitAutograd")
-torch.library.register_fake("llama::attention", _attention_shape, lib=_library)
+
+
+@torch.library.register_fake("llama::linear", lib=_library)
+def _linear_shape(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("llama::attention", lib=_library)
+def _attention_shape(qkv: Tensor, rope: Tensor, input_pos: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] - 2 * k_cache.shape[1] * k_cache.shape[3])
 
 
 def attention(qkv: Tensor, rope: Tensor, input_pos: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:

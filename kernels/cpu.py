@@ -1,0 +1,122 @@
+"""Builds cpu.cpp once for this CPU, keeps it in the user's cache, and calls it on tensors through ctypes."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-w"]
+MAX_ROWS = 16  # beyond, a library product on dequantized weights is faster
+SCRATCH = 2**22  # weights that are dequantized at a time
+BITS = {torch.bfloat16: 16, torch.int8: 8, torch.uint8: 4}
+
+
+def compiler() -> str | None:
+    """The C++ compiler, by the rule of torch.compile: $CXX, else the platform's; None where it is not installed."""
+    return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
+
+
+def cpu_features() -> str:
+    """What -march=native depends on: a home directory may be shared between hosts."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return platform.machine() + platform.processor() + next((x for x in lines if x.startswith(("flags", "Features"))), "")
+
+
+def build(folder: Path, flags: list[str]) -> ctypes.CDLL:
+    """Load the library for `flags` from `folder`, built first where it is missing or not whole.
+
+    A file ends with the SHA-256 of the rest, so one that was cut short or changed is built again; it is renamed into
+    place, so two processes that start together only do the work twice. OSError, CalledProcessError where it fails.
+    """
+    source = Path(__file__).with_name("cpu.cpp").read_bytes()
+    command = [compiler() or "", *flags]
+    key = hashlib.sha256(source + repr((command, cpu_features())).encode()).hexdigest()[:24]
+    path = folder / f"cpu-{key}.so"
+    content = path.read_bytes() if path.exists() else b""
+    if len(content) < 32 or hashlib.sha256(content[:-32]).digest() != content[-32:]:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made = Path(scratch) / "cpu.so"
+            subprocess.run([*command, "-x", "c++", "-", "-o", made], input=source, check=True, capture_output=True)
+            made.write_bytes(made.read_bytes() + hashlib.sha256(made.read_bytes()).digest())
+            os.replace(made, path)
+    return ctypes.CDLL(str(path))
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The kernels, or None with one line on stderr where they cannot be built."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama_cpu_kernels"
+    try:
+        loaded = build(folder, FLAGS)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = (getattr(error, "stderr", b"") or str(error).encode()).decode(errors="replace").split("\n")[0]
+        print(
+            f"no CPU kernels, decoding is 2 to 10 times slower: they need a C++ compiler such as g++ ({reason})",
+            file=sys.stderr,
+        )
+        return None
+    p, n = ctypes.c_void_p, ctypes.c_long
+    loaded.linear.argtypes = [p, n, p, p, p, n, n, n, n, p]
+    loaded.dequantize.argtypes = [p, p, p, n, n, n, n, ctypes.c_bool, p]
+    loaded.attention.argtypes = [p, p, n, n, n, n, n, n, p, p, p]
+    return loaded
+
+
+def suits(x: Tensor, weight: Tensor) -> bool:
+    """Whether cpu.cpp takes these activations [..., in] and this stored weight."""
+    whole = x.shape[-1] % 32 == 0 and weight.dtype in BITS and weight.is_contiguous()
+    return whole and x.dtype in (torch.bfloat16, torch.float32) and library() is not None
+
+
+def _weight(n_in: int, weight: Tensor, scale: Tensor | None, minimum: Tensor | None) -> tuple:
+    """A stored weight as cpu.cpp takes it: pointers, bits, group size, inputs, outputs."""
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in (weight, scale, minimum)]
+    groupsize = 0 if minimum is None else n_in // minimum.shape[1]
+    return *pointers, BITS[weight.dtype], groupsize, n_in, weight.shape[0]
+
+
+def few_rows(x: Tensor, *weight: Tensor | None) -> Tensor:
+    """`kernels.linear` of up to MAX_ROWS rows in bfloat16."""
+    x, y = x.contiguous(), x.new_empty(*x.shape[:-1], weight[0].shape[0])
+    library().linear(x.data_ptr(), x.numel() // x.shape[-1], *_weight(x.shape[-1], *weight), y.data_ptr())
+    return y
+
+
+@cache
+def _scratch(dtype: torch.dtype) -> Tensor:
+    return torch.empty(SCRATCH, dtype=dtype)
+
+
+def many_rows(x: Tensor, *weight: Tensor | None) -> Tensor:
+    """`kernels.linear` by a library product on slabs of the dequantized weight, which stay in the last-level cache."""
+    (n_out, _), n_in = weight[0].shape, x.shape[-1]
+    y, slab = x.new_empty(*x.shape[:-1], n_out), max(1, SCRATCH // n_in)
+    for start in range(0, n_out, slab):
+        part = [None if tensor is None else tensor[start : start + slab] for tensor in weight]
+        restored = _scratch(x.dtype)[: len(part[0]) * n_in].view(-1, n_in)
+        library().dequantize(*_weight(n_in, *part), x.dtype == torch.float32, restored.data_ptr())
+        y[..., start : start + slab] = F.linear(x, restored)
+    return y
+
+
+def attention(qkv: Tensor, rope: Tensor, input_pos: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    """`kernels.attention` of a batch of one and up to MAX_ROWS rows in bfloat16."""
+    _, rows, width = qkv.shape
+    _, n_kv_head, positions, head_dim = k_cache.shape
+    n_head, pointers = width // head_dim - 2 * n_kv_head, [k_cache.data_ptr(), v_cache.data_ptr()]
+    qkv, rope, y = qkv.contiguous(), rope.contiguous(), qkv.new_empty(1, rows, n_head * head_dim)
+    shape = int(input_pos[0]), rows, n_head, n_kv_head, head_dim, positions
+    library().attention(qkv.data_ptr(), rope.data_ptr(), *shape, *pointers, y.data_ptr())
+    return y
