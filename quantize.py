@@ -33,7 +33,7 @@ import kernels
 from model import ModelArgs, Transformer
 
 GROUPSIZES = (32, 64, 128, 256)
-SLAB = 2**21  # weights quantized at a time
+SLAB = 2**18  # weights quantized at a time: what they need stays in the caches
 TINY = torch.finfo(torch.float32).tiny  # in place of a scale of zero: any level will do
 
 
@@ -104,6 +104,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; ./scripts/prepare.sh REPO downloads and converts a checkpoint")
     try:
+        with open(path, "rb") as file:  # ask the disk for the weights while Python does other things
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
         content = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
         config, quantization, model = content["config"], content["quantization"], content["model"]
         if quantization is not None and quantization["mode"] != "int8":
@@ -178,22 +180,25 @@ def quantize_int4(weight: Tensor, groupsize: int, rounds: int = 5) -> dict[str, 
     line of the weights over their levels; per group the best of all rounds is kept, in the bfloat16 that is stored.
     """
     w = weight.unflatten(1, (-1, groupsize))
-    low, high = w.aminmax(dim=-1)
+    mean = w.mean(dim=-1, keepdim=True)
+
+    def levels_of(scale: Tensor, minimum: Tensor) -> Tensor:
+        return ((w - minimum.float()) / scale.float().clamp(min=TINY)).round_().clamp_(0, 15)
+
+    low, high = w.amin(dim=-1, keepdim=True), w.amax(dim=-1, keepdim=True)
     scale, minimum = (high / 15 - low / 15).bfloat16(), low.bfloat16()
-    for i in range(rounds + 1):
-        levels = ((w - minimum[..., None].float()) / scale[..., None].float().clamp(min=TINY)).round().clamp(0, 15)
-        error = (torch.addcmul(minimum[..., None].float(), levels, scale[..., None].float()) - w).square().sum(dim=-1)
-        if i == 0:
-            best = {"error": error, "weight": levels, "scale": scale, "minimum": minimum}
-        better = error < best["error"]
-        for name, value in {"error": error, "weight": levels, "scale": scale, "minimum": minimum}.items():
-            best[name] = torch.where(better.unsqueeze(-1) if name == "weight" else better, value, best[name])
-        mean, centred = w.mean(dim=-1), levels - levels.mean(dim=-1, keepdim=True)
-        slope = (centred * w).sum(dim=-1) / centred.square().sum(dim=-1).clamp(min=TINY)
-        scale = slope.bfloat16()
-        minimum = (mean - scale.float() * levels.mean(dim=-1)).bfloat16()
-    pairs = best["weight"].to(torch.uint8).flatten(1)
-    return {"weight": pairs[:, ::2] | pairs[:, 1::2] << 4, "scale": best["scale"], "minimum": best["minimum"]}
+    best = (torch.full_like(mean, torch.inf), scale, minimum)
+    for _ in range(rounds + 1):
+        levels = levels_of(scale, minimum)
+        error = torch.addcmul(minimum.float(), levels, scale.float()).sub_(w).square_().sum(dim=-1, keepdim=True)
+        best = tuple(torch.where(error < best[0], new, old) for new, old in zip((error, scale, minimum), best, strict=True))
+        middle = levels.mean(dim=-1, keepdim=True)
+        levels -= middle
+        scale = ((levels * w).sum(dim=-1, keepdim=True) / levels.square().sum(dim=-1, keepdim=True).clamp(min=TINY)).bfloat16()
+        minimum = (mean - scale.float() * middle).bfloat16()
+    _, scale, minimum = best
+    pairs = levels_of(scale, minimum).to(torch.uint8).flatten(1)
+    return {"weight": pairs[:, ::2] | pairs[:, 1::2] << 4, "scale": scale.squeeze(-1), "minimum": minimum.squeeze(-1)}
 
 
 def quantize(checkpoint: Checkpoint, quantization: dict, device: str, path: Path) -> None:

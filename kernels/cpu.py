@@ -33,6 +33,16 @@ def cpu_features() -> str:
     return platform.machine() + platform.processor() + next((x for x in lines if x.startswith(("flags", "Features"))), "")
 
 
+def cores() -> int:
+    """Physical cores that this process may use, shared out among the local ranks of torchrun: a product that waits for
+    memory gains nothing from hyperthreads."""
+    if not hasattr(os, "sched_getaffinity"):
+        return torch.get_num_threads()
+    siblings = [Path(f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list") for n in os.sched_getaffinity(0)]
+    physical = {path.read_text() if path.exists() else str(path) for path in siblings}
+    return max(1, len(physical) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def build(folder: Path, flags: list[str]) -> ctypes.CDLL:
     """Load the library for `flags` from `folder`, built first where it is missing or not whole.
 
