@@ -10,4 +10,4 @@ if [ ! -f "$model" ]; then
     ./scripts/prepare.sh checkpoints/demo/draft
     ./scripts/prepare.sh checkpoints/demo/target
 fi
-exec python generate.py --compile --checkpoint_path "$model" --prompt "The following example" "$@"
+exec python generate.py --compile --checkpoint_path "$model" --prompt "def read_file(" "$@"

@@ -197,8 +197,8 @@ print(peak[0] - before)
 def test_converting_and_quantizing_take_the_memory_of_slabs(tmp_path: Path) -> None:
     """A random checkpoint of 1 GB: RssAnon stays under 400 MB above the start."""
     config = {
-        "model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 16, "intermediate_size": 5632,
-        "vocab_size": 32000, "rms_norm_eps": 1e-5, "max_position_embeddings": 1024,
+        "model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 16,
+        "intermediate_size": 5632, "vocab_size": 32000, "rms_norm_eps": 1e-5, "max_position_embeddings": 1024,
     }  # fmt: skip
     shapes = {"model.embed_tokens": (32000, 2048), "lm_head": (32000, 2048), "model.norm": (2048,)}
     for i in range(8):

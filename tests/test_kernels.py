@@ -1,0 +1,288 @@
+"""The CPU kernels against float64 references, fast and portable, and their promises about bits; how they are built."""
+
+import ctypes
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from test_generate import run_cli
+
+import kernels
+from kernels import cpu
+from quantize import GROUPSIZES, load_model, quantize, quantize_int4, quantize_int8, read_checkpoint
+
+ROOT = Path(__file__).parents[1]
+SCHEMES = [None, 0, *GROUPSIZES]  # bfloat16, int8, int4 by group size
+pytestmark = pytest.mark.skipif(cpu.compiler() is None, reason="the kernels need a C++ compiler")
+
+
+@pytest.fixture(params=["fast", "portable"])
+def library(request, monkeypatch, tmp_path_factory) -> ctypes.CDLL:
+    """The kernels as this CPU gets them, and the loops for any CPU, forced."""
+    if request.param == "portable":
+        folder = tmp_path_factory.getbasetemp() / "portable"
+        cpu.library.cache_clear()
+        monkeypatch.setattr(cpu, "FLAGS", [*cpu.FLAGS, "-DPORTABLE"])
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    yield cpu.library()
+    if request.param == "portable":
+        cpu.library.cache_clear()
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def stored(weight: torch.Tensor, groupsize: int | None) -> list[torch.Tensor | None]:
+    if groupsize is None:
+        return [weight.bfloat16(), None, None]
+    parts = quantize_int4(weight, groupsize) if groupsize else quantize_int8(weight)
+    return [parts["weight"].contiguous(), parts["scale"], parts.get("minimum")]
+
+
+def product_error(x: torch.Tensor, weight: list[torch.Tensor | None]) -> float:
+    """Largest error of a product against float64, over what the roundings of sums and of the result allow.
+
+    Up to 16 rows the weight is not rounded at all; more take it in the activation's dtype.
+    """
+    exact = kernels.dequantize(*weight, torch.float32 if len(x) <= cpu.MAX_ROWS else x.dtype).double()
+    terms = x.double().abs() @ exact.abs().T
+    error = (kernels.linear(x[None], *weight)[0].double() - x.double() @ exact.T).abs()
+    return (error / (terms * 2**-16 + (x.double() @ exact.T).abs() * 2**-8 + 1e-30)).max().item()
+
+
+@pytest.mark.parametrize("n_in", [32, 64, 96, 256, 768, 1376, 2752, 11008])
+def test_products_are_exact_but_for_the_rounding_of_bfloat16(library, n_in: int) -> None:
+    """1 to 17 rows, every group size that divides, odd numbers of output channels."""
+    for groupsize in SCHEMES:
+        if groupsize and n_in % groupsize:
+            continue
+        for n_out in (1, 2, 37):
+            weight = stored(normal(n_out, n_in) * 0.02, groupsize)
+            for rows in range(1, 18) if n_out == 37 else (1, 9):
+                assert product_error(normal(rows, n_in, seed=1).bfloat16(), weight) < 1, (groupsize, n_out, rows)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-6, 1e6, 1e30])
+def test_products_with_extreme_scales(library, factor: float) -> None:
+    for groupsize in SCHEMES:
+        weight = stored(normal(33, 512) * factor, groupsize)
+        for rows in (1, 5, 16):
+            assert product_error(normal(rows, 512).bfloat16(), weight) < 1
+
+
+def test_weights_mapped_from_a_file_give_the_same_product(library, demo, tmp_path: Path) -> None:
+    for scheme in ({"mode": "int8"}, {"mode": "int4", "groupsize": 64}):
+        path = tmp_path / "model.pth"
+        quantize(read_checkpoint(demo["target"]), scheme, "cpu", path)
+        mapped = load_model(read_checkpoint(path), "cpu", torch.bfloat16).layers[0].feed_forward.w13
+        weight = [mapped.weight, mapped.scale, mapped.minimum]
+        copied = [None if tensor is None else tensor.clone() for tensor in weight]
+        x = normal(1, 3, 256).bfloat16()
+        assert torch.equal(kernels.linear(x, *weight), kernels.linear(x, *copied))
+
+
+def attention_inputs(rows: int, filled: int, heads: tuple[int, int, int]) -> tuple[torch.Tensor, ...]:
+    """Projections, angles, positions and caches of a batch of one: (n_head, n_kv_head, head_dim) heads."""
+    n_head, n_kv_head, head_dim = heads
+    qkv = normal(1, rows, (n_head + 2 * n_kv_head) * head_dim).bfloat16()
+    positions = torch.arange(filled - rows, filled)
+    angles = torch.outer(positions.float(), 10000.0 ** -torch.linspace(0, 1, head_dim // 2))
+    rope = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    caches = normal(2, 1, n_kv_head, 720, head_dim, seed=2).bfloat16()
+    return qkv, rope, positions, caches[0].contiguous(), caches[1].contiguous()
+
+
+def reference_attention(qkv, rope, positions, k_cache, v_cache) -> torch.Tensor:
+    """In float64, from the definition, head by head; the caches get the rows."""
+    rows, n_kv_head, head_dim = qkv.shape[1], k_cache.shape[1], k_cache.shape[3]
+    heads = qkv[0].view(rows, -1, head_dim).double()
+    n_head = heads.shape[1] - 2 * n_kv_head
+    cos, sin = rope.double()[:, None].chunk(2, dim=-1)
+    a, b = heads[:, : n_head + n_kv_head].chunk(2, dim=-1)
+    turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).bfloat16()
+    k_cache[0, :, positions] = turned[:, n_head:].transpose(0, 1)
+    v_cache[0, :, positions] = heads[:, n_head + n_kv_head :].bfloat16().transpose(0, 1)
+    out = []
+    for row, position in enumerate(positions.tolist()):
+        for head in range(n_head):
+            group = head // (n_head // n_kv_head)
+            k, v = (cache[0, group, : position + 1].double() for cache in (k_cache, v_cache))
+            out.append((k @ turned[row, head].double() / head_dim**0.5).softmax(0) @ v)
+    return torch.stack(out).view(1, rows, -1)
+
+
+@pytest.mark.parametrize("heads", [(4, 4, 64), (8, 2, 80), (8, 1, 128), (8, 4, 32), (4, 2, 24)], ids=str)
+def test_attention_equals_the_definition(library, heads: tuple[int, int, int]) -> None:
+    """1 to 16 rows, filled lengths 1 to 700, groups of 1, 2, 4 and 8; the caches get the same keys and values."""
+    for filled in (1, 2, 3, 16, 17, 100, 255, 256, 257, 511, 513, 700):
+        for rows in (1, 2, 5, 16):
+            if rows > filled:
+                continue
+            inputs = attention_inputs(rows, filled, heads)
+            copies = [tensor.clone() for tensor in inputs]
+            y, expected = kernels.attention(*inputs), reference_attention(*copies)
+            assert (y.double() - expected).abs().max() < 2**-8 * expected.abs().max() + 1e-3, (filled, rows)
+            for ours, theirs in zip(inputs[3:], copies[3:], strict=True):
+                different = ours != theirs
+                assert different.float().mean() < 1e-3  # float32 against float64 at the middle of two bfloat16
+                assert (ours.float() - theirs.float()).abs().max() < 2**-6
+
+
+def test_row_i_of_many_is_bit_for_bit_that_row_alone(library) -> None:
+    for groupsize in SCHEMES:
+        weight, x = stored(normal(41, 768) * 0.02, groupsize), normal(1, 16, 768).bfloat16()
+        alone = torch.cat([kernels.linear(x[:, i : i + 1], *weight) for i in range(16)], dim=1)
+        for rows in range(1, 17):
+            assert torch.equal(kernels.linear(x[:, :rows], *weight), alone[:, :rows]), (groupsize, rows)
+
+
+def test_rows_of_attention_at_once_equal_one_by_one_and_do_not_see_what_follows(library) -> None:
+    for filled in (16, 200, 260, 600):
+        qkv, rope, positions, k, v = attention_inputs(16, filled, (8, 2, 64))
+        caches = k.clone(), v.clone()
+        together = kernels.attention(qkv, rope, positions, k, v)
+        for tensor in caches:
+            tensor[:, :, filled:] = float("nan")
+        rows = [slice(i, i + 1) for i in range(16)]
+        single = [kernels.attention(qkv[:, r], rope[r], positions[r], *caches) for r in rows]
+        assert torch.equal(torch.cat(single, dim=1), together)
+        assert torch.equal(caches[0][:, :, :filled], k[:, :, :filled])
+
+
+def test_the_same_bits_on_every_run_and_any_number_of_threads(library) -> None:
+    weight, x = stored(normal(555, 1376) * 0.02, 32), normal(1, 5, 1376).bfloat16()
+    inputs = attention_inputs(4, 600, (8, 2, 64))
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 8, 2):
+            torch.set_num_threads(threads)
+            results.append((kernels.linear(x, *weight), kernels.attention(*inputs)))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_dequantized_slabs_equal_pytorch(library, dtype: torch.dtype, monkeypatch) -> None:
+    monkeypatch.setattr(cpu, "SCRATCH", 5000)
+    cpu._scratch.cache_clear()
+    for groupsize in SCHEMES[1:]:
+        weight, x = stored(normal(77, 768), groupsize), torch.eye(768, dtype=dtype)
+        assert torch.equal(kernels.linear(x, *weight), kernels.dequantize(*weight, dtype).T)
+    cpu._scratch.cache_clear()
+
+
+@pytest.mark.parametrize("scheme", [None, {"mode": "int8"}, {"mode": "int4", "groupsize": 32}], ids=str)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@torch.inference_mode()
+def test_what_is_verified_at_once_equals_what_is_decoded_one_by_one(demo, tmp_path: Path, scheme, compiled: bool) -> None:
+    """Logits of the whole model in bfloat16, bit for bit: 2 to 16 rows against single ones."""
+    checkpoint = read_checkpoint(demo["target"])
+    if scheme:
+        quantize(checkpoint, scheme, "cpu", tmp_path / "model.pth")
+        checkpoint = read_checkpoint(tmp_path / "model.pth")
+    model = load_model(checkpoint, "cpu", torch.bfloat16)
+    forward = torch.compile(lambda *inputs: model(*inputs), fullgraph=True) if compiled else model
+    tokens = torch.randint(3, 2048, (1, 64), generator=torch.Generator().manual_seed(0))
+
+    def logits(sizes: list[int]) -> torch.Tensor:
+        cache, start, out = model.make_cache(64), 0, []
+        for size in sizes:
+            rows, positions = tokens[:, start : start + size].clone(), torch.arange(start, start + size)
+            if compiled and size > 1:
+                torch._dynamo.mark_dynamic(rows, 1)
+                torch._dynamo.mark_dynamic(positions, 0)
+            out.append(forward(rows, positions, cache))
+            start += size
+        return torch.cat(out, dim=1)
+
+    single = logits([1] * 64)
+    assert torch.equal(logits([16] * 4), single)
+    assert torch.equal(logits([2, 3, 5, 7, 11, 13, 16, 7]), single)
+
+
+def test_a_damaged_or_foreign_build_is_built_again(tmp_path: Path) -> None:
+    cpu.build(tmp_path, cpu.FLAGS)
+    (path,) = tmp_path.glob("*.so")
+    whole = path.read_bytes()
+    for damage in (b"", b"not a library", whole[: len(whole) // 2], whole[:-1] + bytes([whole[-1] ^ 1])):
+        path.unlink()
+        path.write_bytes(damage)
+        assert cpu.build(tmp_path, cpu.FLAGS).linear
+        assert path.read_bytes() == whole or len(path.read_bytes()) > 1000
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_another_source_flag_or_cpu_gets_another_build(tmp_path: Path, monkeypatch) -> None:
+    cpu.build(tmp_path, cpu.FLAGS)
+    cpu.build(tmp_path, [*cpu.FLAGS, "-DPORTABLE"])
+    monkeypatch.setattr(cpu, "cpu_features", lambda: "another host in a shared home directory")
+    cpu.build(tmp_path, cpu.FLAGS)
+    assert len(list(tmp_path.glob("*.so"))) == 3
+
+
+def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
+    code = "from kernels import cpu; import sys; sys.exit(cpu.library() is None)"
+    command, environment = [sys.executable, "-c", code], os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    codes: list[int] = []
+
+    def start() -> None:
+        codes.append(subprocess.run(command, cwd=ROOT, env=environment).returncode)
+
+    threads = [threading.Thread(target=start) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert codes == [0, 0]
+    assert len(list((tmp_path / "llama_cpu_kernels").iterdir())) == 1
+
+
+@pytest.mark.parametrize("compiler", ["/no/such/compiler", "false"])
+def test_without_a_compiler_float32_text_is_the_same_and_one_line_says_that_it_is_slower(demo, tmp_path, compiler: str) -> None:
+    """In bfloat16, where the kernels would have worked, one more line on stderr; a compiler that fails is none."""
+    quantize(read_checkpoint(demo["target"]), {"mode": "int8"}, "cpu", tmp_path / "model.pth")
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "CXX": compiler}
+    for precision in ("float32", "bfloat16"):
+        flags = ["--checkpoint_path", str(tmp_path / "model.pth"), "--max_new_tokens", "20", "--precision", precision]
+        usual, without = run_cli(*flags), run_cli(*flags, **environment)
+        assert without.stdout == usual.stdout or precision == "bfloat16"
+        extra = without.stderr.splitlines()[: len(without.stderr.splitlines()) - len(usual.stderr.splitlines()) + 1]
+        assert [("kernels" in line and "C++ compiler" in line) for line in extra] in ([True, False], [False, True])
+
+
+SANITIZED = """
+import sys, torch
+sys.path.insert(0, "tests")
+import test_kernels as t, kernels
+for groupsize in t.SCHEMES:
+    for n_in in (256, 1376) if not groupsize or groupsize == 32 else (256,):
+        weight = t.stored(t.normal(37, n_in), groupsize)
+        for rows in (1, 3, 8, 16):
+            t.product_error(t.normal(rows, n_in).bfloat16(), weight)
+        kernels.linear(t.normal(1, 20, n_in), *weight)
+for heads in ((4, 4, 64), (8, 1, 80), (4, 2, 24)):
+    for filled, rows in ((1, 1), (257, 16), (700, 3), (720, 16)):
+        kernels.attention(*t.attention_inputs(rows, filled, heads))
+print("clean")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("portable", [[], ["-DPORTABLE"]], ids=["fast", "portable"])
+def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path, portable: list[str]) -> None:
+    """Under the address sanitizer: it knows the ends of all that malloc gave, tensors among them."""
+    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(runtime):
+        pytest.skip("g++ has no address sanitizer here")
+    flags = [*cpu.FLAGS, "-fsanitize=address", "-g", *portable]
+    code = f"from kernels import cpu; cpu.FLAGS = {flags!r}\n{SANITIZED}"
+    environment = os.environ | {"LD_PRELOAD": runtime, "XDG_CACHE_HOME": str(tmp_path), "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.endswith("clean\n"), done.stderr[:2000]
