@@ -28,13 +28,10 @@ from model import ModelArgs
 from quantize import build_model, progress, run, write_checkpoint
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-LAYER = {  # Hugging Face's name in a layer -> (ours, which of the parts that are stacked there)
-    "self_attn.q_proj": ("attention.wqkv", 0), "self_attn.k_proj": ("attention.wqkv", 1),
-    "self_attn.v_proj": ("attention.wqkv", 2), "self_attn.o_proj": ("attention.wo", 0),
-    "mlp.gate_proj": ("feed_forward.w13", 0), "mlp.up_proj": ("feed_forward.w13", 1),
-    "mlp.down_proj": ("feed_forward.w2", 0), "input_layernorm": ("attention_norm", 0),
-    "post_attention_layernorm": ("ffn_norm", 0),
-}  # fmt: skip
+LAYER = [  # Hugging Face's tensors of a layer, in the order in which `places` has ours
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
+    "mlp.down_proj", "input_layernorm", "post_attention_layernorm",
+]  # fmt: skip
 
 
 def read_json(path: Path) -> dict:
@@ -141,45 +138,32 @@ def read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
             raise ValueError(f"{path} is {reason}: download it again") from error
 
 
-def our_name(name: str) -> tuple[str, int] | None:
-    """Our tensor's name for Hugging Face's, and the part of it; None for one that is not a Llama's."""
-    top = {"model.embed_tokens.weight": "tok_embeddings", "model.norm.weight": "norm", "lm_head.weight": "output"}
-    if name in top:
-        return f"{top[name]}.weight", 0
-    model, _, rest = name.partition(".layers.")
-    number, _, inner = rest.partition(".")
-    layer = LAYER.get(inner.removesuffix(".weight"))
-    return (f"layers.{number}.{layer[0]}.weight", layer[1]) if model == "model" and layer else None
-
-
-def targets(args: ModelArgs, tensors: dict[str, Tensor]) -> dict[tuple[str, int], Tensor]:
-    """The place in `tensors` of every (name, part)."""
+def places(args: ModelArgs, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Where in our `tensors` each of Hugging Face's belongs, by its name."""
     q, kv = args.n_head * args.head_dim, args.n_kv_head * args.head_dim
-    parts = {"wqkv": [q, kv, kv], "w13": [args.ffn_dim, args.ffn_dim]}
-    places = {}
-    for name, tensor in tensors.items():
-        for part, place in enumerate(tensor.split(parts.get(name.split(".")[-2], [len(tensor)]))):
-            places[name, part] = place
-    return places
+    names = ["model.embed_tokens", "model.norm", "lm_head"]
+    ours = [tensors[f"{name}.weight"] for name in ("tok_embeddings", "norm", "output")]
+    for i in range(args.n_layer):
+        parts = ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2", "attention_norm", "ffn_norm")
+        wqkv, wo, w13, *others = (tensors[f"layers.{i}.{name}.weight"] for name in parts)
+        names += [f"model.layers.{i}.{name}" for name in LAYER]
+        ours += [*wqkv.split([q, kv, kv]), wo, *w13.split(args.ffn_dim), *others]
+    return {f"{name}.weight": tensor for name, tensor in zip(names, ours, strict=True)}
 
 
-def check_tensors(files: list[Path], places: dict[tuple[str, int], Tensor], tied: bool) -> None:
-    """ValueError unless the files hold a float tensor of the right shape for every place, and nothing else."""
-    missing = dict.fromkeys(places)
+def check_tensors(files: list[Path], wanted: dict[str, Tensor], tied: bool) -> None:
+    """ValueError unless the files hold a float tensor of the right shape for every wanted one, and nothing else."""
+    found = set()
     for name, tensor in read_tensors(files):
-        if name.endswith("rotary_emb.inv_freq"):
-            continue
-        place = our_name(name)
-        if place not in places:
+        if name not in wanted and not name.endswith("rotary_emb.inv_freq"):
             raise ValueError(f"{name}: a tensor that a Llama of this config.json does not have")
-        if tensor.shape != places[place].shape or not tensor.is_floating_point():
-            wanted = list(places[place].shape)
-            raise ValueError(f"{name}: {list(tensor.shape)} {tensor.dtype} where config.json says {wanted} floats")
-        missing.pop(place, None)
-    if tied:
-        missing.pop(("output.weight", 0), None)
+        if name in wanted and (tensor.shape != wanted[name].shape or not tensor.is_floating_point()):
+            shape = list(wanted[name].shape)
+            raise ValueError(f"{name}: {list(tensor.shape)} {tensor.dtype} where config.json says {shape} floats")
+        found.add(name)
+    missing = [name for name in wanted if name not in found and not (tied and name == "lm_head.weight")]
     if missing:
-        raise ValueError(f"{next(iter(missing))[0]}: missing from {files[0]} and its shards: download it again")
+        raise ValueError(f"{missing[0]}: missing from {files[0]} and its shards: download it again")
 
 
 def convert(folder: Path, precision: str) -> Path:
@@ -191,19 +175,18 @@ def convert(folder: Path, precision: str) -> Path:
     chat = any(path.is_file() and b"<<SYS>>" in path.read_bytes() for path in templates)
     dtype, files = getattr(torch, precision), weight_files(folder)
     shapes = build_model(args, None, dtype).state_dict()
-    check_tensors(files, targets(args, shapes), tied)
+    check_tensors(files, places(args, shapes), tied)
     tensors = {name: torch.empty_like(shape, device="cpu") for name, shape in shapes.items()}
     if tied:
         tensors["output.weight"] = tensors["tok_embeddings.weight"]
 
     def fill(mapped: dict[str, Tensor]) -> None:
-        places = targets(args, mapped)
-        counted = progress(range(len(places) - tied), "converting")
+        wanted = places(args, mapped)
+        counted = progress(range(len(wanted) - tied), "converting")
         for name, tensor in read_tensors(files):
-            place = our_name(name)
-            if place in places and not (tied and place[0] == "output.weight"):
+            if name in wanted and not (tied and name == "lm_head.weight"):
                 next(counted)
-                places[place].copy_(tensor)
+                wanted[name].copy_(tensor)
 
     header = {"config": asdict(args), "quantization": None, "chat": chat, "tokenizer": tokenizer}
     write_checkpoint(folder / "model.pth", header, tensors, fill)
