@@ -276,6 +276,7 @@ def main() -> None:
     args = build_parser().parse_args()
     sys.stdout.reconfigure(encoding="utf-8")
     check_machine(args)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own news are not the user's
     torch.set_num_threads(cpu.cores())
     text, start = read_prompt(args.prompt), time.perf_counter()
     checkpoint = read_checkpoint(args.checkpoint_path)

@@ -176,7 +176,8 @@ template <int V, int M, int R> static void block(const Weight &w, const Rows &ro
 }
 
 template <int V, int M> static void channels(const Weight &w, const Rows &rows, long first, long n, long end, bf16 *y) {
-    constexpr int R = V == 4 && M > 4 ? 1 : 2;  // what 32 registers hold
+    // One row at a time reads memory as one stream; more share each activation between two channels while registers last.
+    constexpr int R = M == 1 || (V == 4 && M > 4) ? 1 : 2;
     for (; n + R <= end; n += R) block<V, M, R>(w, rows, first, n, y);
     for (; n < end; n++) block<V, M, 1>(w, rows, first, n, y);
 }
