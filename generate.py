@@ -255,8 +255,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def read_prompt(text: str) -> str:
     """The prompt, from standard input where `text` is "-". ValueError where it is empty or not UTF-8."""
+    data = os.fsencode(text)
+    if text == "-":
+        data = sys.stdin.buffer.read() if sys.stdin else b""
     try:
-        prompt = sys.stdin.buffer.read().decode().removesuffix("\n") if text == "-" else text.encode().decode()
+        prompt = data.decode().removesuffix("\n" if text == "-" else "")
     except UnicodeError as error:
         raise ValueError(f"the prompt is not UTF-8 ({error}): convert it, for example with iconv") from error
     if not prompt:
@@ -265,7 +268,7 @@ def read_prompt(text: str) -> str:
 
 
 def check_machine(args: argparse.Namespace) -> None:
-    """ValueError where the device or the compiler that the flags ask for is not there."""
+    """ValueError where the device, the compiler or the folder that the flags ask for is not there."""
     check_device(args.device)
     if (args.compile or args.compile_prefill) and cpu.compiler() is None:
         name = os.environ.get("CXX", "g++")
@@ -277,6 +280,8 @@ def main() -> None:
     sys.stdout.reconfigure(encoding="utf-8")
     check_machine(args)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own news are not the user's
+    if args.profile and (args.profile.is_dir() or not os.access(args.profile.parent, os.W_OK)):
+        raise ValueError(f"--profile {args.profile}: no file can be written there: name one in a folder that exists")
     torch.set_num_threads(cpu.cores())
     text, start = read_prompt(args.prompt), time.perf_counter()
     checkpoint = read_checkpoint(args.checkpoint_path)
@@ -294,7 +299,12 @@ def main() -> None:
         return Sampling(seed, torch.tensor(args.temperature, device=args.device), top_k)
 
     if args.compile or args.compile_prefill:
-        print(f"Compile time: {engine.compile(args.compile_prefill, sampling(0)):.3f} s", file=sys.stderr)
+        try:
+            seconds = engine.compile(args.compile_prefill, sampling(0))
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"--compile failed ({reason}): repair the C++ compiler, or leave --compile away") from error
+        print(f"Compile time: {seconds:.3f} s", file=sys.stderr)
     eos_id = None if args.ignore_eos else tokenizer.eos_id()
     weight_bytes = sum(t.nbytes for name, t in model.state_dict().items() if name != "tok_embeddings.weight")
     for i in range(args.num_samples):

@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before torch, whose import takes a second (Ctrl-C)
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 import argparse
+import errno
 import math
 import mmap
 import os
@@ -106,7 +107,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         with open(path, "rb") as file:  # ask the disk for the weights while Python does other things
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-        content = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+        content = load(path, mmap=True)
         config, quantization, model = content["config"], content["quantization"], content["model"]
         if quantization is not None and quantization["mode"] != "int8":
             quantization["groupsize"] // 1
@@ -115,15 +116,28 @@ def read_checkpoint(path: Path) -> Checkpoint:
             bytes(content["tokenizer"]), dict(model),
         )  # fmt: skip
         expected = build_model(checkpoint.args, quantization, torch.bfloat16).state_dict()
+        shapes = {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in checkpoint.model.items()}
+        sentencepiece.SentencePieceProcessor(model_proto=checkpoint.tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}: convert or quantize it again") from error
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(
             f"{path} is not a checkpoint of this program, or is cut short or damaged: write it again with "
             f"./scripts/prepare.sh or quantize.py ({type(error).__name__})"
         ) from error
-    shapes = {name: tensor.shape for name, tensor in checkpoint.model.items()}
-    if shapes != {name: tensor.shape for name, tensor in expected.items()}:
+    if shapes != {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in expected.items()}:
         raise ValueError(f"{path}: its tensors are not those of its own config: convert or quantize it again")
     return checkpoint
+
+
+def load(path: Path, mmap: bool) -> object:
+    """What torch.save wrote to `path`. RuntimeError, UnpicklingError and others where it is cut short or not safe to load."""
+    with open(path, "rb"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of TorchScript before it refuses it
+        try:
+            return torch.load(path, mmap=mmap, weights_only=True, map_location="cpu")
+        except OSError as error:  # EINVAL: it looks for the directory of a zip file in front of its beginning
+            raise RuntimeError(str(error)) from error
 
 
 def load_model(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> Transformer:
@@ -156,6 +170,8 @@ def write_checkpoint(path: Path, header: dict, tensors: dict[str, Tensor], fill:
             fill(mapped)
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, RuntimeError) as error:  # torch.save knows only RuntimeError
         size = sum({t.data_ptr(): t.nbytes for t in tensors.values()}.values())
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -272,6 +288,8 @@ def main() -> None:
     args = build_parser().parse_args()
     check_device(args.device)
     text = args.check and read_text(args.check)
+    if text == "":
+        raise ValueError("--check: the text is empty: give a file with some text")
     checkpoint = read_checkpoint(args.checkpoint_path)
     quantization, suffix = {"mode": "int8"}, "int8"
     if args.mode == "int4":
@@ -308,7 +326,10 @@ def progress(items: Sequence, what: str) -> Iterator:
 def run(main: Callable[[], None]) -> None:
     """Call a script's `main`; what a user can cause ends in one line on stderr and status 1, Ctrl-C in status 130."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  None where the caller closed it
     try:
+        if sys.stdout is None:
+            raise OSError("stdout is closed: redirect it to /dev/null instead")
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -318,7 +339,13 @@ def run(main: Callable[[], None]) -> None:
         sys.exit("stdout was closed before the end")
     except torch.OutOfMemoryError:
         sys.exit("the device is too small for this model: quantize it, or use --device cpu")
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            sys.exit("there is not enough memory for this model and its context: quantize it, or use a smaller one")
+        if isinstance(error, RuntimeError):
+            raise
+        if sys.stdout is not None and error.args[:1] == (errno.ENOSPC,):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(" ".join(str(error).split()))
 
 

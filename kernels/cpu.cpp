@@ -21,16 +21,10 @@ static constexpr long CHUNK = 256;   // positions of the cache that are one task
 static constexpr long AHEAD = 8192;  // bytes of weights that are asked of memory before they are needed
 static constexpr long BLOCK = 128;   // activations are padded with zeros to whole blocks of so many channels
 
-static inline float to_float(bf16 x) {
-    uint32_t bits = uint32_t(x) << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
+static inline float to_float(bf16 x) { return __builtin_bit_cast(float, uint32_t(x) << 16); }
 
 static inline bf16 to_bf16(float x) {  // to nearest, ties to even
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
+    const uint32_t bits = __builtin_bit_cast(uint32_t, x);
     return bf16(x != x ? 0x7FC0 : (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
@@ -55,7 +49,10 @@ static inline void decode(const Weight &w, long n, long k, float *out) {
     } else {
         long group = n * (w.in / w.groupsize) + k / w.groupsize;
         float scale = to_float(((const bf16 *)w.scale)[group]), minimum = to_float(w.minimum[group]);
-        for (long i = 0; i < 32; i++) out[i] = minimum + scale * float((p[i / 2] >> (i % 2 * 4)) & 15);
+        float even[16], odd[16];  // in loops of their own they are vectors
+        for (long i = 0; i < 16; i++) even[i] = minimum + scale * float(p[i] & 15);
+        for (long i = 0; i < 16; i++) odd[i] = minimum + scale * float(p[i] >> 4);
+        for (long i = 0; i < 16; i++) out[2 * i] = even[i], out[2 * i + 1] = odd[i];
     }
 }
 
@@ -251,9 +248,13 @@ extern "C" void dequantize(const uint8_t *data, const void *scale, const bf16 *m
         for (long k = 0; k < in; k += 32) {
             float values[32];
             decode(w, n, k, values);
+            bf16 *narrow = (bf16 *)y + n * in + k;
             if (wide) memcpy((float *)y + n * in + k, values, sizeof values);
-            else
-                for (long i = 0; i < 32; i++) ((bf16 *)y)[n * in + k + i] = to_bf16(values[i]);
+#ifdef FAST
+            else _mm512_storeu_si512(narrow, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(values + 16), _mm512_loadu_ps(values)));
+#else
+            else for (long i = 0; i < 32; i++) narrow[i] = to_bf16(values[i]);
+#endif
         }
 }
 
@@ -262,10 +263,7 @@ static inline float exponential(float x) {
     x = std::max(x, -87.0f);
     float n = std::nearbyint(x * 1.44269504f), r = x - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1 + r * (1 + r * (0.5f + r * (1 / 6.0f + r * (1 / 24.0f + r * (1 / 120.0f + r * (1 / 720.0f))))));
-    int32_t bits = (int32_t(n) + 127) << 23;
-    float power;
-    memcpy(&power, &bits, 4);
-    return p * power;
+    return p * __builtin_bit_cast(float, (int32_t(n) + 127) << 23);
 }
 
 // Softmax-weighted sum of `count` values for one query: out = sum of exp(score - maximum) * v, then that maximum, then

@@ -35,8 +35,9 @@ def cpu_features() -> str:
 
 def cores() -> int:
     """Physical cores that this process may use, shared out among the local ranks of torchrun: a product that waits for
-    memory gains nothing from hyperthreads."""
-    if not hasattr(os, "sched_getaffinity"):
+    memory gains nothing from hyperthreads. A user's OMP_NUM_THREADS holds; that of torchrun does not."""
+    asked = "OMP_NUM_THREADS" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ
+    if asked or not hasattr(os, "sched_getaffinity"):
         return torch.get_num_threads()
     siblings = [Path(f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list") for n in os.sched_getaffinity(0)]
     physical = {path.read_text() if path.exists() else str(path) for path in siblings}
@@ -67,15 +68,12 @@ def build(folder: Path, flags: list[str]) -> ctypes.CDLL:
 @cache
 def library() -> ctypes.CDLL | None:
     """The kernels, or None with one line on stderr where they cannot be built."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama_cpu_kernels"
-    try:
+    try:  # Path.home: RuntimeError for a user without a home
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama_cpu_kernels"
         loaded = build(folder, FLAGS)
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", b"") or str(error).encode()).decode(errors="replace").split("\n")[0]
-        print(
-            f"no CPU kernels, decoding is 2 to 10 times slower: they need a C++ compiler such as g++ ({reason})",
-            file=sys.stderr,
-        )
+        print(f"no CPU kernels, so decoding is several times slower: install a C++ compiler ({reason})", file=sys.stderr)
         return None
     p, n = ctypes.c_void_p, ctypes.c_long
     loaded.linear.argtypes = [p, n, p, p, p, n, n, n, n, p]

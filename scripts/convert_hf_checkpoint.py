@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from model import ModelArgs
-from quantize import build_model, progress, run, write_checkpoint
+from quantize import build_model, load, progress, run, write_checkpoint
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 LAYER = [  # Hugging Face's tensors of a layer, in the order in which `places` has ours
@@ -50,6 +50,8 @@ def read_json(path: Path) -> dict:
 def model_args(config: dict) -> ModelArgs:
     """The shape that a Hugging Face config.json describes, in either spelling; ValueError for what we cannot run."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"config.json: rope scaling {rope!r} is not an object: download it again")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     unsupported = {
         "model_type": config.get("model_type") != "llama",
@@ -83,9 +85,14 @@ def read_tokenizer(folder: Path, vocab_size: int) -> bytes:
     path = folder / "tokenizer.model"
     try:
         content = path.read_bytes()
-        pieces = sentencepiece.SentencePieceProcessor(model_proto=content).vocab_size()
+        if not content:
+            raise RuntimeError("empty")
+        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=content)
+        pieces = tokenizer.vocab_size()
     except (FileNotFoundError, RuntimeError) as error:
         raise ValueError(f"{path}: no sentencepiece tokenizer there; other tokenizers are not supported") from error
+    if tokenizer.bos_id() < 0:
+        raise ValueError(f"{path}: it has no token to begin with (BOS): it is not a Llama's")
     if pieces > vocab_size:
         raise ValueError(f"{path}: {pieces} pieces for a model of vocab_size {vocab_size}: it belongs to another model")
     return content
@@ -96,7 +103,8 @@ def weight_files(folder: Path) -> list[Path]:
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+            weight_map = read_json(index).get("weight_map")
+            shards = sorted({str(shard) for shard in weight_map.values()}) if isinstance(weight_map, dict) else []
             missing = [shard for shard in shards if not (folder / shard).is_file()]
             if missing or not shards:
                 raise ValueError(f"{folder / (missing or [index.name])[0]} is missing or empty: download it again")
@@ -118,7 +126,10 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         raise ValueError("cut short")
     for name, entry in header.items():
         start, end = entry["data_offsets"]
-        raw, dtype = data[start:end], DTYPES[entry["dtype"]]
+        raw, dtype = data[start:end], DTYPES.get(entry["dtype"])
+        if dtype is None:
+            yield name, torch.empty(entry["shape"], dtype=torch.uint8, device="meta")
+            continue
         aligned = raw if raw.storage_offset() % dtype.itemsize == 0 else raw.clone()
         yield name, aligned.view(dtype).view(entry["shape"])
 
@@ -132,7 +143,10 @@ def read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
             else:
                 with open(path, "rb") as file:
                     zipped = file.read(2) == b"PK"
-                yield from torch.load(path, mmap=zipped, weights_only=True, map_location="cpu").items()
+                content = load(path, mmap=zipped)
+                if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()):
+                    raise TypeError
+                yield from content.items()
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
             reason = f"cut short, damaged or no file of weights ({type(error).__name__})"
             raise ValueError(f"{path} is {reason}: download it again") from error
@@ -160,6 +174,8 @@ def check_tensors(files: list[Path], wanted: dict[str, Tensor], tied: bool) -> N
         if name in wanted and (tensor.shape != wanted[name].shape or not tensor.is_floating_point()):
             shape = list(wanted[name].shape)
             raise ValueError(f"{name}: {list(tensor.shape)} {tensor.dtype} where config.json says {shape} floats")
+        if name in found:
+            raise ValueError(f"{name}: it is there twice, in {', '.join(file.name for file in files)}: download them again")
         found.add(name)
     missing = [name for name in wanted if name not in found and not (tied and name == "lm_head.weight")]
     if missing:

@@ -1,5 +1,10 @@
 """Download what the converter needs of a Hugging Face repository to checkpoints/REPO; an interrupted download resumes."""
 
+import signal
+
+if __name__ == "__main__":  # before the imports, which take a while
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import sys
 from pathlib import Path
@@ -19,6 +24,8 @@ def download(repo: str) -> Path:
     folder = Path("checkpoints") / repo
     try:
         names = [file.rfilename for file in HfApi().repo_info(repo).siblings]
+        if "config.json" not in names:
+            raise ValueError(f"{repo} has no config.json: it is not in Hugging Face layout")
         if "tokenizer.model" not in names:
             raise ValueError(f"{repo} has no tokenizer.model: only models with a sentencepiece tokenizer are supported")
         wanted = [weights for weights in WEIGHTS if weights[0] in names or weights[2] in names]
@@ -42,6 +49,7 @@ def download(repo: str) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Download a Hugging Face Llama repository to checkpoints/REPO.")
     parser.add_argument("repo", help="for example JackFram/llama-68m")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         print(f"downloaded to {download(parser.parse_args().repo)}", file=sys.stderr)
     except (ValueError, OSError) as error:
