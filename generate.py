@@ -94,10 +94,14 @@ class Engine:
     prefill: Callable = step
 
     @torch.inference_mode()
-    def run(self, tokens: Tensor, start: int, sampling: Sampling) -> Tensor:
-        """Run `tokens` [1, S] at the positions from `start` on; returns [1], the token sampled after the last."""
-        input_pos = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-        if tokens.shape[1] == 1:
+    def run(self, ids: list[int], start: int, sampling: Sampling) -> Tensor:
+        """Run `ids` at the positions from `start` on; returns [1], the token sampled after the last.
+
+        All tensors are made in here: an inference tensor and a normal one are not the same to a compiled step.
+        """
+        tokens = torch.tensor([ids], device=sampling.seed.device)
+        input_pos = torch.arange(start, start + len(ids), device=tokens.device)
+        if len(ids) == 1:
             return self.decode(self.model, tokens, input_pos, self.cache, sampling, False)
         return self.prefill(self.model, tokens, input_pos, self.cache, sampling, True)
 
@@ -107,6 +111,7 @@ class Engine:
         What is run to this end is written to the first positions of the cache: compile before there is anything in it.
         """
         start = time.perf_counter()
+        torch._dynamo.config.specialize_float = True  # or the eps of a second model becomes a symbol, which does not compile
         compiled = torch.compile(step, fullgraph=True)
 
         def any_rows(model: Transformer, tokens: Tensor, input_pos: Tensor, *rest) -> Tensor:
@@ -117,7 +122,7 @@ class Engine:
         self.decode = compiled
         self.prefill = any_rows if prefill else step
         for rows in (1, 2) if prefill else (1,):
-            self.run(torch.zeros(1, rows, dtype=torch.long, device=sampling.seed.device), 0, sampling)
+            self.run([0] * rows, 0, sampling)
         return time.perf_counter() - start
 
 
@@ -129,10 +134,9 @@ def generate(
     Prefill gives the first of them, so at least one token of the prompt has to run. The generator returns why it stopped:
     the token `eos_id` (which is not yielded; None: never), `max_new_tokens`, or the end of the cache.
     """
-    device, limit = sampling.seed.device, engine.model.args.max_seq_length
+    limit = engine.model.args.max_seq_length
     for start in range(cached, len(prompt), PREFILL_ROWS):
-        chunk = torch.tensor([prompt[start : start + PREFILL_ROWS]], device=device)
-        token = engine.run(chunk, start, sampling)
+        token = engine.run(prompt[start : start + PREFILL_ROWS], start, sampling)
     for position in range(len(prompt), len(prompt) + max_new_tokens):
         value = int(token)
         if value == eos_id:
@@ -141,7 +145,7 @@ def generate(
         if position == limit:
             return f"context of {limit} tokens is full"
         if position + 1 < len(prompt) + max_new_tokens:
-            token = engine.run(token[None], position, sampling)
+            token = engine.run([value], position, sampling)
     return f"max_new_tokens {max_new_tokens}"
 
 

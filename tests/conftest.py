@@ -55,6 +55,12 @@ def random_llama(tmp_path: Path) -> Callable:
     return make
 
 
+@pytest.fixture(autouse=True, scope="module")
+def fresh_compiler() -> None:
+    """Each file starts with nothing compiled: dynamo keeps only so many versions of one function in a process."""
+    torch.compiler.reset()
+
+
 def make_sampling(seed: int = 1, temperature: float = 0.0, top_k: int | None = None) -> Sampling:
     return Sampling(torch.tensor(seed, dtype=torch.int32), torch.tensor(temperature), top_k)
 

@@ -15,6 +15,8 @@ import torch
 from conftest import DEMO, generated, make_sampling, new_engine
 
 from generate import TextStream, generate, gumbel_noise, hash32, sample
+from quantize import load_model, read_checkpoint
+from scripts.convert_hf_checkpoint import convert
 
 ROOT = Path(__file__).parents[1]
 GOLDEN_PROMPT = "The following example"
@@ -103,9 +105,24 @@ def test_compiled_equals_eager(target, compiled, temperature: float, top_k: int 
     assert generated(compiled, PROMPT, 60, sampling) == eager
 
 
-def test_no_recompilation_over_prompt_lengths_and_fillings(compiled) -> None:
+def test_models_of_different_eps_compile_in_one_process(random_llama) -> None:
+    """As a target and its draft do."""
+    torch.compiler.reset()
+    for eps in (1e-5, 1e-6, 1e-3):
+        _, folder = random_llama(rms_norm_eps=eps)
+        model = load_model(read_checkpoint(convert(folder, "float32")), "cpu", torch.float32)
+        engine = new_engine(model)
+        engine.compile(prefill=True, sampling=make_sampling())
+        prompt = [1, 5, 6, 7]
+        assert generated(engine, prompt, 20, make_sampling()) == generated(new_engine(model), prompt, 20, make_sampling())
+
+
+def test_no_recompilation_after_the_warm_up_whatever_the_prompt_and_the_filling(target) -> None:
+    """Engine.compile leaves nothing to compile: neither a prompt's length nor the first decoded token does."""
     from torch._dynamo.utils import counters  # noqa: PLC0415
 
+    compiled = new_engine(target)
+    compiled.compile(prefill=True, sampling=make_sampling())
     before = counters["stats"]["unique_graphs"]
     for length in (*range(1, 300, 13), 300, 513, 800):
         generated(compiled, (PROMPT * 400)[:length], 3, make_sampling(length, 0.5))
@@ -264,9 +281,6 @@ def test_normal_use_prints_no_warning(demo, tmp_path: Path) -> None:
 def test_compile_time_does_not_grow_with_the_number_of_layers(random_llama) -> None:
     """The compiled step calls one compiled block: as many graphs' worth of code for 2 layers as for 6."""
     from torch._inductor.utils import run_and_get_code  # noqa: PLC0415
-
-    from quantize import load_model, read_checkpoint  # noqa: PLC0415
-    from scripts.convert_hf_checkpoint import convert  # noqa: PLC0415
 
     sizes = []
     for layers in (2, 6):
