@@ -18,9 +18,10 @@ import os
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import sentencepiece
@@ -30,9 +31,10 @@ from torch import Tensor
 
 from kernels import cpu
 from model import Transformer
-from quantize import check_device, load_model, read_checkpoint, run
+from quantize import Checkpoint, check_device, load_model, read_checkpoint, run, utf8
 
 PREFILL_ROWS = 512  # a prompt runs in chunks of so many rows: bounded memory, and Ctrl-C is heard in between
+LOOKUP = 2, 5  # prompt lookup: how many of the last tokens have to stand there once more, and how many are looked for first
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -70,7 +72,7 @@ def sample(logits: Tensor, input_pos: Tensor, sampling: Sampling) -> Tensor:
     argmax(logits + temperature * noise) follows softmax(logits / temperature), of the top_k most likely where given.
     """
     if sampling.top_k is not None:
-        worst_kept = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
+        worst_kept = logits.topk(min(sampling.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < worst_kept, -torch.inf)
     noise = gumbel_noise(sampling.seed, input_pos, logits.shape[-1])
     return torch.argmax(logits + sampling.temperature * noise, dim=-1)
@@ -86,67 +88,163 @@ def step(
 
 @dataclass
 class Engine:
-    """A model and a cache of one sequence, with the step for one row (`decode`) and for many (`prefill`)."""
+    """A model, the cache of one sequence, and the tokens whose keys and values are in it.
+
+    The one place that knows what need not run again: a prompt is given whole, as is a conversation, or what a draft has
+    not seen yet, and only what the cache does not hold passes through the model.
+    """
 
     model: Transformer
     cache: nn.ModuleList
-    decode: Callable = step
-    prefill: Callable = step
+    ids: list[int] = field(default_factory=list)
+    compiled: dict[str, Callable] = field(default_factory=dict)  # by kind of step; what is not there runs eagerly
+
+    def rewind(self, ids: list[int]) -> None:
+        """Keep what begins like `ids`, but for the last of them: its logits are wanted, so it has to run."""
+        if self.ids != ids[: len(self.ids)] or len(self.ids) == len(ids):
+            shared = next((i for i, (a, b) in enumerate(zip(self.ids, ids[:-1], strict=False)) if a != b), len(ids) - 1)
+            del self.ids[shared:]
 
     @torch.inference_mode()
-    def run(self, ids: list[int], start: int, sampling: Sampling) -> Tensor:
-        """Run `ids` at the positions from `start` on; returns [1], the token sampled after the last.
+    def run(self, ids: list[int], sampling: Sampling, verify: bool = False) -> Tensor:
+        """Run `ids` behind those in the cache; the token [1] sampled after the last, or where `verify` [S] after each.
 
         All tensors are made in here: an inference tensor and a normal one are not the same to a compiled step.
         """
+        kind, start = "decode" if len(ids) == 1 else "verify" if verify else "prefill", len(self.ids)
         tokens = torch.tensor([ids], device=sampling.seed.device)
         input_pos = torch.arange(start, start + len(ids), device=tokens.device)
-        if len(ids) == 1:
-            return self.decode(self.model, tokens, input_pos, self.cache, sampling, False)
-        return self.prefill(self.model, tokens, input_pos, self.cache, sampling, True)
-
-    def compile(self, prefill: bool, sampling: Sampling) -> float:
-        """Compile the step for one row, and for many where `prefill`; returns the seconds that it took.
-
-        What is run to this end is written to the first positions of the cache: compile before there is anything in it.
-        """
-        start = time.perf_counter()
-        torch._dynamo.config.specialize_float = True  # or the eps of a second model becomes a symbol, which does not compile
-        compiled = torch.compile(step, fullgraph=True)
-
-        def any_rows(model: Transformer, tokens: Tensor, input_pos: Tensor, *rest) -> Tensor:
+        if kind in self.compiled and len(ids) > 1:
             torch._dynamo.mark_dynamic(tokens, 1)
             torch._dynamo.mark_dynamic(input_pos, 0)
-            return compiled(model, tokens, input_pos, *rest)
+        run = self.compiled.get(kind, step)
+        samples = run(self.model, tokens, input_pos, self.cache, sampling, kind == "prefill")
+        self.ids += ids
+        return samples
 
-        self.decode = compiled
-        self.prefill = any_rows if prefill else step
-        for rows in (1, 2) if prefill else (1,):
-            self.run([0] * rows, 0, sampling)
-        return time.perf_counter() - start
+    def extend(self, ids: list[int], sampling: Sampling) -> Tensor:
+        """Run what is missing of the sequence `ids`, in chunks; the token [1] sampled after the last."""
+        for start in range(len(self.ids), len(ids), PREFILL_ROWS):
+            token = self.run(ids[start : start + PREFILL_ROWS], sampling)
+        return token
+
+    def guess(self, ids: list[int], count: int, sampling: Sampling) -> list[int]:
+        """Up to `count` tokens that follow `ids`, as far as the context goes: what a draft does."""
+        self.rewind(ids)
+        sequence = list(ids)
+        while len(sequence) < min(len(ids) + count, self.model.args.max_seq_length + 1):
+            sequence.append(int(self.extend(sequence, sampling)))
+        return sequence[len(ids) :]
+
+    def compile(self, kinds: list[str], sampling: Sampling) -> None:
+        """Compile the step for these kinds: one row (decode), some rows with all their samples (verify), any (prefill)."""
+        torch._dynamo.config.specialize_float = True  # or the eps of a second model becomes a symbol, which does not compile
+        self.compiled = dict.fromkeys(kinds, torch.compile(step, fullgraph=True))
+        for kind in kinds:
+            self.ids = []
+            self.run([0] if kind == "decode" else [0, 0], sampling, kind == "verify")
+        self.ids = []
+
+
+def prompt_lookup(ids: list[int], count: int, sampling: Sampling) -> list[int]:
+    """Guesses without a draft: what followed the last few of `ids` where they, as many as possible, stood before.
+
+    What follows may be short: then it is taken to go round. https://github.com/apoorvumang/prompt-lookup-decoding
+    """
+    text = "".join(map(chr, ids))  # str.rfind is the fastest search in a sequence that Python has
+    for length in range(LOOKUP[1], LOOKUP[0] - 1, -1):
+        found = text.rfind(text[-length:], 0, -1)
+        if found >= 0:
+            return (ids[found + length :] * count)[:count]
+    return []
+
+
+class Speculation:
+    """How many tokens to guess before the model verifies them in one pass, learned from what that gains and costs.
+
+    `guess` (ids, count, sampling) -> guesses is an Engine's (a draft) or prompt_lookup. The model decides what stands, so
+    nothing here can change the text; https://arxiv.org/abs/2408.07978 has the coupling by shared noise.
+    """
+
+    def __init__(self, guess: Callable[[list[int], int, Sampling], list[int]], longest: int) -> None:
+        self.guess = guess
+        self.rounds: list[tuple[int, int]] = []  # guesses tried and accepted, for each pass of the model
+        self.pass_cost = [0.0] * (longest + 1)  # seconds of a pass that verifies so many guesses; moving averages, all
+        self.guess_cost = 0.0  # seconds
+        self.hits, self.trials = 1.5, 2.0  # guesses that stood, of those that were compared
+        self.lost = 0.0  # seconds that plain decoding would have saved, in the last fifty passes or so
+        self.reach = 2  # the costs of more guesses than this are not known yet
+
+    def choose(self, room: int) -> int:
+        """The number of guesses, at most `room`, with the most expected tokens per second.
+
+        Of k guesses 1 + p + ... + p^k tokens are expected (https://arxiv.org/abs/2211.17192). Where none pays, one is tried
+        all the same while half a pass in fifty is not lost yet: so it is noticed when guessing begins to pay.
+        """
+        best = rate = tokens = 0
+        room = min(room, self.reach, len(self.pass_cost) - 1) if self.pass_cost[0] else 0  # plain decoding is measured first
+        for k in range(room + 1):
+            tokens += (self.hits / self.trials) ** k
+            cost = self.pass_cost[k] + k * self.guess_cost
+            if tokens > rate * cost:
+                best, rate = k, tokens / max(cost, 1e-9)
+        return 0 if self.lost > (3 if best else 0.5) * self.pass_cost[0] else best or min(room, 1)
+
+    def learn(self, tried: int, accepted: int, guessing: float, verifying: float) -> None:
+        """Take note of a pass: guesses tried and accepted, and the seconds that guessing and verifying took."""
+        self.rounds.append((tried, accepted))
+        self.reach = max(self.reach, tried + 1)
+        self.lost *= 0.98
+        cost = self.pass_cost[tried] = 0.75 * (self.pass_cost[tried] or verifying) + 0.25 * verifying
+        for k, known in enumerate(self.pass_cost):  # more rows never take less time; what is not known is hoped to be as fast
+            self.pass_cost[k] = min(known, cost) if k < tried else max(known, cost)
+        if tried:
+            self.guess_cost = 0.75 * (self.guess_cost or guessing / tried) + 0.25 * guessing / tried
+            self.hits, self.trials = 0.95 * self.hits + accepted, 0.95 * self.trials + min(accepted + 1, tried)
+            self.lost = max(0.0, self.lost + guessing + verifying - (accepted + 1) * self.pass_cost[0])
+
+    def lines(self) -> list[str]:
+        """The statistics of the rounds, none where nothing can be guessed."""
+        tried, accepted = (sum(each[i] for each in self.rounds) for i in (0, 1))
+        lengths = Counter(accepted for tried, accepted in self.rounds if tried)
+        return [
+            f"Guesses: {tried} tried, {accepted} accepted ({accepted / max(tried, 1):.3f})",
+            f"Tokens per pass: {1 + accepted / max(len(self.rounds), 1):.3f} in {len(self.rounds)} passes",
+            f"Accepted lengths: {', '.join(f'{length}: {lengths[length]}' for length in sorted(lengths))}",
+        ][: 3 * len(self.pass_cost[1:])]
 
 
 def generate(
-    engine: Engine, prompt: list[int], cached: int, max_new_tokens: int, eos_id: int | None, sampling: Sampling
+    engine: Engine, prompt: list[int], max_new_tokens: int, eos_id: int | None, sampling: Sampling, speculation: Speculation
 ) -> Generator[int, None, str]:
-    """Yield the tokens that follow `prompt`, of which the first `cached` are in the engine's cache already.
+    """Yield the tokens that follow `prompt`, the whole sequence so far, and return why they ended.
 
-    Prefill gives the first of them, so at least one token of the prompt has to run. The generator returns why it stopped:
-    the token `eos_id` (which is not yielded; None: never), `max_new_tokens`, or the end of the cache.
+    Each is the model's own sample given all before it, guessed or not. They end with the token `eos_id` (which is not
+    yielded; None: never), `max_new_tokens`, or the end of the context.
     """
-    limit = engine.model.args.max_seq_length
-    for start in range(cached, len(prompt), PREFILL_ROWS):
-        token = engine.run(prompt[start : start + PREFILL_ROWS], start, sampling)
-    for position in range(len(prompt), len(prompt) + max_new_tokens):
-        value = int(token)
-        if value == eos_id:
-            return "end of sequence"
-        yield value
-        if position == limit:
-            return f"context of {limit} tokens is full"
-        if position + 1 < len(prompt) + max_new_tokens:
-            token = engine.run([value], position, sampling)
-    return f"max_new_tokens {max_new_tokens}"
+    ids, limit = list(prompt), engine.model.args.max_seq_length
+    engine.rewind(prompt)
+    tokens = engine.extend(prompt, sampling).tolist()
+    speculation.guess(prompt, 1, sampling)  # a draft reads the prompt now, or that would be taken for the cost of a guess
+    while True:
+        for token in tokens:
+            if token == eos_id:
+                return "end of sequence"
+            yield token
+            ids.append(token)
+            if len(ids) == len(prompt) + max_new_tokens:
+                return f"max_new_tokens {max_new_tokens}"
+            if len(ids) > limit:
+                return f"context of {limit} tokens is full"
+        start = time.perf_counter()
+        count = speculation.choose(min(limit, len(prompt) + max_new_tokens - 1) - len(ids))
+        guesses = speculation.guess(ids, count, sampling) if count else []
+        guessed = time.perf_counter()
+        samples = engine.run([token, *guesses], sampling, verify=True).tolist()
+        accepted = next((i for i, (a, b) in enumerate(zip(guesses, samples, strict=False)) if a != b), len(guesses))
+        speculation.learn(len(guesses), accepted, guessed - start, time.perf_counter() - guessed)
+        del engine.ids[len(ids) + accepted :]
+        tokens = samples[: accepted + 1]
 
 
 class TextStream:
@@ -156,72 +254,73 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor) -> None:
-        self.tokenizer = tokenizer
-        self.waiting: list[int] = []  # byte tokens
+        self.tokenizer, self.front = tokenizer, tokenizer.encode("a")
+        self.waiting: list[int] = []
 
     def push(self, token: int) -> str:
-        tokenizer = self.tokenizer
-        if token < tokenizer.vocab_size() and tokenizer.is_byte(token):
-            self.waiting.append(token)
-            text = tokenizer.decode(self.waiting)
-            if text.endswith("\N{REPLACEMENT CHARACTER}"):
-                return ""
-            self.waiting = []
-            return text
-        before = self.finish()
-        if token >= tokenizer.vocab_size() or tokenizer.is_control(token):  # a padded vocabulary has ids without a piece
-            return before
-        return before + (" \u2047 " if tokenizer.is_unknown(token) else tokenizer.id_to_piece(token).replace("\u2581", " "))
+        self.waiting += [token] if token < self.tokenizer.vocab_size() else []  # a padded vocabulary has ids without a piece
+        return "" if self.text().endswith("\N{REPLACEMENT CHARACTER}") else self.finish()
+
+    def text(self) -> str:
+        return self.tokenizer.decode(self.front + self.waiting)[1:]
 
     def finish(self) -> str:
         """The text of what still waits."""
-        text = self.tokenizer.decode(self.waiting)
-        self.waiting = []
+        text, self.waiting = self.text(), []
         return text
 
 
 @dataclass
-class Statistics:
-    """When what happened in one answer; times in seconds of time.perf_counter."""
+class Session:
+    """What the command line has set up: everything that an answer needs but its prompt."""
 
-    prompt: int
-    cached: int
-    start: float
-    first: float = 0.0  # when the first token was there
-    end: float = 0.0
-    tokens: int = 0
-    stopped: str = ""
+    args: argparse.Namespace
+    checkpoint: Checkpoint
+    engine: Engine
+    speculation: Speculation
 
-    def lines(self, weight_bytes: int) -> list[str]:
-        """One `Name: figures` each; `weight_bytes` are those that decoding one token reads."""
-        first, decode = self.first - self.start, (self.tokens - 1) / max(self.end - self.first, 1e-9)
-        lines = [
-            f"Prompt tokens: {self.prompt} ({self.cached} cached)",
+    def sampling(self, i: int = 0) -> Sampling:
+        """That of answer i."""
+        seed = torch.tensor(self.args.seed + i & 0x7FFFFFFF, dtype=torch.int32, device=self.args.device)
+        return Sampling(seed, torch.tensor(self.args.temperature, device=self.args.device), self.args.top_k)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a prompt. ValueError where the context has no room for it."""
+        tokenizer, context = self.checkpoint.tokenizer, self.checkpoint.args.max_seq_length
+        ids = [tokenizer.bos_id(), *tokenizer.encode(text)]
+        if len(ids) > context:
+            raise ValueError(f"the prompt has {len(ids)} tokens and the model's context {context}: shorten the prompt")
+        return ids
+
+    def answer(self, prompt: list[int], i: int = 0) -> tuple[list[int], list[str]]:
+        """Print the text that follows `prompt` as it comes, with seed + i; its ids, and the statistics by lines."""
+        stream, ids, start = TextStream(self.checkpoint.tokenizer), [], time.perf_counter()
+        self.speculation.rounds.clear()
+        self.engine.rewind(prompt)
+        cached, ran, first = len(self.engine.ids), len(prompt) - len(self.engine.ids), 0.0
+        eos_id = None if self.args.ignore_eos else self.checkpoint.tokenizer.eos_id()
+        tokens = generate(self.engine, prompt, self.args.max_new_tokens, eos_id, self.sampling(i), self.speculation)
+        try:
+            while True:
+                ids.append(next(tokens))
+                first, end = first or time.perf_counter() - start, time.perf_counter()
+                print(stream.push(ids[-1]), end="", flush=True)
+        except StopIteration as stop:
+            why = stop.value
+            if not ids:
+                first, end = time.perf_counter() - start, time.perf_counter()
+        print(stream.finish(), end="\n" if sys.stdout.isatty() else "", flush=True)
+        seconds, passes = max(end - start - first, 1e-9), len(self.speculation.rounds)
+        read = passes * sum(t.nbytes for name, t in self.engine.model.state_dict().items() if name != "tok_embeddings.weight")
+        return ids, [
+            f"Prompt tokens: {len(prompt)} (cached {cached} of {len(prompt)})",
             f"Time to first token: {first:.3f} s",
-            f"Prefill: {(self.prompt - self.cached) / first:.2f} tokens/s",
-            f"Decode: {decode:.2f} tokens/s ({self.tokens} tokens in {self.end - self.start:.2f} s)",
-            f"Weights read: {decode * weight_bytes / 1e9:.2f} GB/s",
-            f"Stopped: {self.stopped}",
+            f"Prefill: {ran / first:.2f} tokens/s",
+            f"Decode: {max(len(ids) - 1, 0) / seconds:.2f} tokens/s ({len(ids)} tokens in {end - start:.2f} s)",
+            f"Weights read: {read / seconds / 1e9:.2f} GB/s",
+            *self.speculation.lines(),
+            f"Stopped: {why}",
         ]
-        return lines
-
-
-def answer(tokens: Generator[int, None, str], stream: TextStream, statistics: Statistics) -> list[int]:
-    """Print the text of `tokens` to stdout as they come, fill in `statistics`, return the ids."""
-    ids = []
-    try:
-        while True:
-            ids.append(next(tokens))
-            statistics.end = time.perf_counter()
-            statistics.first = statistics.first or statistics.end
-            print(stream.push(ids[-1]), end="", flush=True)
-    except StopIteration as stop:
-        statistics.stopped = stop.value
-    print(stream.finish(), end="\n" if sys.stdout.isatty() else "", flush=True)
-    statistics.tokens = len(ids)
-    statistics.end = statistics.end or time.perf_counter()
-    statistics.first = statistics.first or statistics.end
-    return ids
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -246,6 +345,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max_new_tokens", type=number(int, 1), default=200, help="longest answer, in tokens (200)")
     add("--temperature", type=number(float, 0), default=0.8, help="of sampling; 0 is greedy (0.8)")
     add("--top_k", type=number(int, 1), help="sample among so many of the most likely tokens only (all)")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--draft_checkpoint_path", type=Path, help="a small model of the same vocabulary guesses ahead")
+    either("--prompt_lookup", action="store_true", help="guess what followed the last few tokens where they stood before")
+    add("--speculate_k", type=number(int, 1, cpu.MAX_ROWS - 1), default=5, help="longest run of guesses, at most 15 (5)")
     add("--seed", type=number(int, 0, 2**31 - 1), default=1234, help="the same seed gives the same text (1234)")
     add("--compile", action="store_true", help="compile the step of one token: slower start, faster decoding")
     add("--compile_prefill", action="store_true", help="compile the prompt's pass as well")
@@ -257,75 +360,68 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_prompt(text: str) -> str:
-    """The prompt, from standard input where `text` is "-". ValueError where it is empty or not UTF-8."""
-    data = os.fsencode(text)
-    if text == "-":
-        data = sys.stdin.buffer.read() if sys.stdin else b""
-    try:
-        prompt = data.decode().removesuffix("\n" if text == "-" else "")
-    except UnicodeError as error:
-        raise ValueError(f"the prompt is not UTF-8 ({error}): convert it, for example with iconv") from error
-    if not prompt:
-        raise ValueError("the prompt is empty: give some text to continue, with --prompt or on standard input")
-    return prompt
-
-
-def check_machine(args: argparse.Namespace) -> None:
-    """ValueError where the device, the compiler or the folder that the flags ask for is not there."""
+def open_session(args: argparse.Namespace, make_engine: Callable = Engine) -> Session:
+    """Check what the flags ask for, load it, compile it. ValueError names what is missing or does not fit."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own news are not the user's
+    sys.stdout.reconfigure(encoding="utf-8")
+    torch.set_num_threads(cpu.cores())
     check_device(args.device)
     if (args.compile or args.compile_prefill) and cpu.compiler() is None:
         name = os.environ.get("CXX", "g++")
         raise ValueError(f"--compile needs a C++ compiler and {name} is not there: install one, or leave --compile away")
+    if args.profile and (args.profile.is_dir() or not os.access(args.profile.parent, os.W_OK)):
+        raise ValueError(f"--profile {args.profile}: no file can be written there: name one in a folder that exists")
+    start, engines = time.perf_counter(), []
+    checkpoints = [read_checkpoint(path) for path in (args.checkpoint_path, args.draft_checkpoint_path) if path]
+    vocabularies = [[c.args.vocab_size, *map(c.tokenizer.id_to_piece, range(c.tokenizer.vocab_size()))] for c in checkpoints]
+    if vocabularies[0] != vocabularies[-1]:
+        raise ValueError(f"{args.draft_checkpoint_path} has another vocabulary than the model: choose a draft of its family")
+    for checkpoint in checkpoints:
+        model = load_model(checkpoint, args.device, DTYPES[args.precision])
+        engines.append(make_engine(model, model.make_cache(checkpoint.args.max_seq_length)))
+    guess, speculates = engines[-1].guess if len(engines) > 1 else prompt_lookup, args.prompt_lookup or len(engines) > 1
+    session = Session(args, checkpoints[0], engines[0], Speculation(guess, args.speculate_k * speculates))
+    print(f"Load time: {time.perf_counter() - start:.3f} s", file=sys.stderr)
+    if args.compile or args.compile_prefill:
+        start = time.perf_counter()
+        try:
+            engines[0].compile(["decode"] + ["verify"] * speculates + ["prefill"] * args.compile_prefill, session.sampling())
+            if len(engines) > 1:
+                engines[1].compile(["decode", "prefill"], session.sampling())
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"--compile failed ({reason}): repair the C++ compiler, or leave --compile away") from error
+        print(f"Compile time: {time.perf_counter() - start:.3f} s", file=sys.stderr)
+    return session
+
+
+def read_prompt(text: str) -> str:
+    """The prompt, from standard input where `text` is "-". ValueError where it is empty or not UTF-8."""
+    piped = sys.stdin.buffer.read().removesuffix(b"\n") if text == "-" and sys.stdin else b""
+    return utf8(piped if text == "-" else os.fsencode(text), "the prompt (--prompt, or standard input)")
+
+
+def print_peak_memory(device: str) -> None:
+    cuda = device == "cuda"
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"Peak memory: {peak / 1e9:.3f} GB ({'CUDA' if cuda else 'RSS'})", file=sys.stderr)
 
 
 def main() -> None:
     args = build_parser().parse_args()
-    sys.stdout.reconfigure(encoding="utf-8")
-    check_machine(args)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own news are not the user's
-    if args.profile and (args.profile.is_dir() or not os.access(args.profile.parent, os.W_OK)):
-        raise ValueError(f"--profile {args.profile}: no file can be written there: name one in a folder that exists")
-    torch.set_num_threads(cpu.cores())
-    text, start = read_prompt(args.prompt), time.perf_counter()
-    checkpoint = read_checkpoint(args.checkpoint_path)
-    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=checkpoint.tokenizer)
-    prompt, context = [tokenizer.bos_id(), *tokenizer.encode(text)], checkpoint.args.max_seq_length
-    if len(prompt) > context:
-        raise ValueError(f"the prompt has {len(prompt)} tokens and the model's context {context}: shorten the prompt")
-    model = load_model(checkpoint, args.device, DTYPES[args.precision])
-    engine = Engine(model, model.make_cache(context))
-    print(f"Load time: {time.perf_counter() - start:.3f} s", file=sys.stderr)
-
-    def sampling(i: int) -> Sampling:
-        seed = torch.tensor(args.seed + i & 0x7FFFFFFF, dtype=torch.int32, device=args.device)
-        top_k = args.top_k and min(args.top_k, checkpoint.args.vocab_size)
-        return Sampling(seed, torch.tensor(args.temperature, device=args.device), top_k)
-
-    if args.compile or args.compile_prefill:
-        try:
-            seconds = engine.compile(args.compile_prefill, sampling(0))
-        except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"--compile failed ({reason}): repair the C++ compiler, or leave --compile away") from error
-        print(f"Compile time: {seconds:.3f} s", file=sys.stderr)
-    eos_id = None if args.ignore_eos else tokenizer.eos_id()
-    weight_bytes = sum(t.nbytes for name, t in model.state_dict().items() if name != "tok_embeddings.weight")
+    text = read_prompt(args.prompt)
+    session = open_session(args)
+    prompt = session.encode(text)
     for i in range(args.num_samples):
-        cached = len(prompt) - 1 if i else 0  # the prompt is still there; its last token runs again, for its logits
         profiled = args.profile and i == args.num_samples - 1
         with torch.profiler.profile() if profiled else nullcontext() as profile:
-            statistics = Statistics(len(prompt), cached, time.perf_counter())
-            tokens = generate(engine, prompt, cached, args.max_new_tokens, eos_id, sampling(i))
-            answer(tokens, TextStream(tokenizer), statistics)
+            _, statistics = session.answer(prompt, i)
         if i + 1 < args.num_samples:
             print()
-        print("\n".join(statistics.lines(weight_bytes)), file=sys.stderr)
+        print("\n".join(statistics), file=sys.stderr)
     if args.profile:
         profile.export_chrome_trace(str(args.profile))
-    cuda = args.device == "cuda"
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"Peak memory: {peak / 1e9:.3f} GB ({'CUDA' if cuda else 'RSS'})", file=sys.stderr)
+    print_peak_memory(args.device)
 
 
 if __name__ == "__main__":

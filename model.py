@@ -35,10 +35,8 @@ class ModelArgs:
             if not isinstance(value, (int, field.type)) or isinstance(value, bool) or not 0 < value < 2**31:
                 raise ValueError(f"{field.name} = {value!r} in the model's config: it must be a positive number below 2**31")
         if self.n_head % self.n_kv_head or self.head_dim % 2:
-            raise ValueError(
-                f"n_head {self.n_head}, n_kv_head {self.n_kv_head}, head_dim {self.head_dim} in the model's config: "
-                "heads must be a multiple of KV heads and head_dim even"
-            )
+            heads = f"n_head {self.n_head}, n_kv_head {self.n_kv_head}, head_dim {self.head_dim}"
+            raise ValueError(f"{heads} in the model's config: heads must be a multiple of KV heads and head_dim even")
 
 
 class KVCache(nn.Module):

@@ -20,6 +20,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -47,18 +48,11 @@ class Linear(nn.Module):
 
     def __init__(self, n_in: int, n_out: int, groupsize: int | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self.scale = self.minimum = None
-        if groupsize is None:
-            tensors = {"weight": torch.empty(n_out, n_in, dtype=dtype)}
-        elif groupsize == 0:
-            tensors = {"weight": torch.empty(n_out, n_in, dtype=torch.int8), "scale": torch.empty(n_out)}
-        else:
-            groups = torch.empty(n_out, n_in // groupsize, dtype=torch.bfloat16)
-            weight = torch.empty(n_out, n_in // 2, dtype=torch.uint8)
-            tensors = {"weight": weight, "scale": groups, "minimum": torch.empty_like(groups)}
-        for name, tensor in tensors.items():
-            self.__dict__.pop(name, None)
-            self.register_buffer(name, tensor)
+        stored = dtype if groupsize is None else torch.uint8 if groupsize else torch.int8
+        groups = torch.empty(n_out, n_in // groupsize, dtype=torch.bfloat16) if groupsize else None
+        self.register_buffer("weight", torch.empty(n_out, n_in // 2 if groupsize else n_in, dtype=stored))
+        self.register_buffer("scale", torch.empty(n_out) if groupsize == 0 else groups)
+        self.register_buffer("minimum", None if groups is None else torch.empty_like(groups))
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.weight, self.scale, self.minimum)
@@ -79,10 +73,8 @@ def build_model(args: ModelArgs, quantization: dict | None, dtype: torch.dtype) 
             if isinstance(module, nn.Linear):
                 groupsize = groupsize_of(name, quantization)
                 if groupsize and module.in_features % groupsize:
-                    raise ValueError(
-                        f"group size {groupsize} does not divide the {module.in_features} inputs of {name}: "
-                        f"choose one of {[g for g in GROUPSIZES if module.in_features % g == 0]}"
-                    )
+                    which = f"group size {groupsize} does not divide the {module.in_features} inputs of {name}"
+                    raise ValueError(f"{which}: choose one of {[g for g in GROUPSIZES if module.in_features % g == 0]}")
                 model.set_submodule(name, Linear(module.in_features, module.out_features, groupsize, dtype))
     return model
 
@@ -96,37 +88,44 @@ class Checkpoint:
     quantization: dict | None
     id: str
     chat: bool
-    tokenizer: bytes
+    tokenizer: sentencepiece.SentencePieceProcessor
     model: dict[str, Tensor]
+
+
+@contextmanager
+def reading(path: Path, cure: str) -> Iterator[None]:
+    """What a missing, foreign or damaged file makes us or a library raise becomes one ValueError: path, reason, cure."""
+    try:
+        if not path.is_file():
+            raise ValueError("no such file")
+        yield
+    except (
+        ValueError,
+        RuntimeError,
+        pickle.UnpicklingError,
+        EOFError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:
+        reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {str(error)[:80]}"
+        raise ValueError(f"{path}: {reason}; {cure}") from error
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Map the checkpoint at `path`. ValueError where it is not one of ours, or damaged."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; ./scripts/prepare.sh REPO downloads and converts a checkpoint")
-    try:
+    with reading(path, "./scripts/prepare.sh REPO or quantize.py writes a checkpoint"):
         with open(path, "rb") as file:  # ask the disk for the weights while Python does other things
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
         content = load(path, mmap=True)
-        config, quantization, model = content["config"], content["quantization"], content["model"]
-        if quantization is not None and quantization["mode"] != "int8":
-            quantization["groupsize"] // 1
-        checkpoint = Checkpoint(
-            path, ModelArgs(**config), quantization, str(content["id"]), bool(content["chat"]),
-            bytes(content["tokenizer"]), dict(model),
-        )  # fmt: skip
-        expected = build_model(checkpoint.args, quantization, torch.bfloat16).state_dict()
-        shapes = {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in checkpoint.model.items()}
-        sentencepiece.SentencePieceProcessor(model_proto=checkpoint.tokenizer)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}: convert or quantize it again") from error
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(
-            f"{path} is not a checkpoint of this program, or is cut short or damaged: write it again with "
-            f"./scripts/prepare.sh or quantize.py ({type(error).__name__})"
-        ) from error
-    if shapes != {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in expected.items()}:
-        raise ValueError(f"{path}: its tensors are not those of its own config: convert or quantize it again")
+        args, tokenizer = ModelArgs(**content["config"]), sentencepiece.SentencePieceProcessor(model_proto=content["tokenizer"])
+        fields = [content[name] for name in ("quantization", "id", "chat")]
+        checkpoint = Checkpoint(path, args, *fields, tokenizer, content["model"])
+        expected = build_model(args, checkpoint.quantization, torch.bfloat16).state_dict()
+        kinds = [{n: (t.shape, t.is_floating_point()) for n, t in model.items()} for model in (expected, checkpoint.model)]
+        if kinds[0] != kinds[1]:
+            raise ValueError("its tensors are not those of its own config: convert or quantize it again")
     return checkpoint
 
 
@@ -173,11 +172,8 @@ def write_checkpoint(path: Path, header: dict, tensors: dict[str, Tensor], fill:
     except torch.OutOfMemoryError:
         raise
     except (OSError, RuntimeError) as error:  # torch.save knows only RuntimeError
-        size = sum({t.data_ptr(): t.nbytes for t in tensors.values()}.values())
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise OSError(
-            f"{path} was not written ({reason}): it needs {size / 1e9:.2f} GB in a folder that can be written"
-        ) from error
+        size, reason = sum(t.nbytes for t in tensors.values()), getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OSError(f"{path} was not written ({reason}): it needs {size / 1e9:.2f} GB in a folder to write to") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -240,7 +236,7 @@ def quantize(checkpoint: Checkpoint, quantization: dict, device: str, path: Path
                     mapped[f"{layer}.{part}"][start : start + rows].copy_(value)
 
     header = {"config": asdict(checkpoint.args), "quantization": quantization}
-    header |= {"chat": checkpoint.chat, "tokenizer": checkpoint.tokenizer}
+    header |= {"chat": checkpoint.chat, "tokenizer": checkpoint.tokenizer.serialized_model_proto()}
     write_checkpoint(path, header, {name: torch.empty_like(shape, device="cpu") for name, shape in shapes.items()}, fill)
 
 
@@ -248,10 +244,8 @@ def quantize(checkpoint: Checkpoint, quantization: dict, device: str, path: Path
 def compare(original: Checkpoint, quantized: Checkpoint, text: str, device: str) -> str:
     """What quantizing costs on `text`: a table of perplexity, mean KL divergence from the original, share of positions
     whose most likely token is the same, bytes, and bits per weight of the linear layers. In float32, in windows of 512."""
-    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=original.tokenizer)
-    ids, window = tokenizer.encode(text), min(512, original.args.max_seq_length)
-    if not ids:
-        raise ValueError("--check: the text is empty: give a file with some text")
+    tokenizer, window = original.tokenizer, min(512, original.args.max_seq_length)
+    ids = tokenizer.encode(text)
     models = [load_model(checkpoint, device, torch.float32) for checkpoint in (original, quantized)]
     losses, divergence, same, count = [0.0, 0.0], 0.0, 0, 0
     for start in progress(range(0, len(ids), window - 1), "checking"):
@@ -287,9 +281,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = build_parser().parse_args()
     check_device(args.device)
-    text = args.check and read_text(args.check)
-    if text == "":
-        raise ValueError("--check: the text is empty: give a file with some text")
+    text = args.check and utf8(args.check.read_bytes(), str(args.check))
     checkpoint = read_checkpoint(args.checkpoint_path)
     quantization, suffix = {"mode": "int8"}, "int8"
     if args.mode == "int4":
@@ -302,12 +294,15 @@ def main() -> None:
         print(compare(checkpoint, read_checkpoint(path), text, args.device))
 
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, ValueError where it is none."""
+def utf8(data: bytes, name: str) -> str:
+    """The text of `data`. ValueError, which calls it `name`, where it is not UTF-8 or empty."""
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}): convert it, for example with iconv") from error
+        text = data.decode()
+    except UnicodeError as error:
+        raise ValueError(f"{name} is not UTF-8 ({error}): convert it, for example with iconv") from error
+    if not text:
+        raise ValueError(f"{name} is empty: give some text")
+    return text
 
 
 def check_device(device: str) -> None:
@@ -334,17 +329,12 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains while it ends
-        sys.exit("stdout was closed before the end")
-    except torch.OutOfMemoryError:
-        sys.exit("the device is too small for this model: quantize it, or use --device cpu")
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             sys.exit("there is not enough memory for this model and its context: quantize it, or use a smaller one")
         if isinstance(error, RuntimeError):
             raise
-        if sys.stdout is not None and error.args[:1] == (errno.ENOSPC,):
+        if sys.stdout and error.args[:1] in [(errno.EPIPE,), (errno.ENOSPC,)]:  # or the interpreter complains while it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(" ".join(str(error).split()))
 

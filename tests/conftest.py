@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from generate import Engine, Sampling, generate
+from generate import Engine, Sampling, Speculation, generate, prompt_lookup
 from model import Transformer
 from quantize import load_model, read_checkpoint
 from scripts.convert_hf_checkpoint import convert
@@ -69,9 +69,17 @@ def new_engine(model: Transformer, positions: int | None = None) -> Engine:
     return Engine(model, model.make_cache(positions or model.args.max_seq_length))
 
 
-def generated(engine: Engine, prompt: list[int], count: int, sampling: Sampling, eos_id: int | None = None) -> list[int]:
-    """The ids that `generate` yields for a prompt of which nothing is cached."""
-    return list(generate(engine, prompt, 0, count, eos_id, sampling))
+def generated(
+    engine: Engine, prompt: list[int], count: int, sampling: Sampling, eos_id: int | None = None,
+    speculation: Speculation | None = None,
+) -> list[int]:  # fmt: skip
+    """The ids that `generate` yields; without `speculation` by plain decoding."""
+    return list(generate(engine, prompt, count, eos_id, sampling, speculation or plain()))
+
+
+def plain() -> Speculation:
+    """That guesses nothing."""
+    return Speculation(prompt_lookup, 0)
 
 
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:

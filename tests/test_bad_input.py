@@ -51,7 +51,8 @@ SHAPES = {
 Q_PROJ = f"{LAYER}self_attn.q_proj.weight"
 DTYPES = {torch.float32: "F32", torch.int64: "I64", torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3"}
 PROGRESS = re.compile(
-    r"(Load time|Compile time|Prompt tokens|Time to first token|Prefill|Decode|Weights read|Stopped|Peak memory): .*"
+    r"(Load time|Compile time|Prompt tokens|Time to first token|Prefill|Decode|Weights read|Guesses|Tokens per pass|"
+    r"Accepted lengths|Stopped|Peak memory): .*"
 )
 Spoil = Callable[[Path], object]  # what is done to a case's folder before
 
@@ -201,7 +202,7 @@ CONVERT = "python -m scripts.convert_hf_checkpoint --checkpoint_dir $DIR"
 QUANTIZER = "python quantize.py --checkpoint_path $DIR/model.pth"
 DOWNLOAD = "python -m scripts.download no-such-user/no-such-model"
 OFFLINE = {"HF_ENDPOINT": "http://127.0.0.1:9"}
-DAMAGED = "model.pth ... prepare.sh"
+DAMAGED = "model.pth: ... prepare.sh"
 
 
 def model_pth(says: str, spoil: Spoil) -> Case:
@@ -214,7 +215,7 @@ def hf(says: str, spoil: Spoil) -> Case:
 
 CHECKPOINT = {
     "missing": model_pth("model.pth: no such file ... prepare.sh", remove("model.pth")),
-    "a directory": Case("python generate.py --checkpoint_path $DIR", "prepare.sh"),
+    "a directory": Case("python generate.py --checkpoint_path $DIR", "no such file ... prepare.sh"),
     "a text file": model_pth(DAMAGED, write("model.pth", "version https://git-lfs.github.com/spec/v1\n" * 3)),
     "empty": model_pth(DAMAGED, write("model.pth", b"")),
     "safetensors": Case("python generate.py --checkpoint_path $DIR/model.safetensors", "model.safetensors ... prepare.sh"),
@@ -256,9 +257,9 @@ PROMPT = {
     "not UTF-8": Case(f"{GENERATE} --prompt $'caf\\xe9'", "not UTF-8 ... convert"),
     "not UTF-8, on stdin": Case(f"echo $'caf\\xe9' | {GENERATE} --prompt -", "not UTF-8 ... convert"),
     "half a character, on stdin": Case(f"echo -n $'caf\\xc3' | {GENERATE} --prompt -", "not UTF-8 ... convert"),
-    "empty": Case(f"{GENERATE} --prompt ''", "prompt is empty ... --prompt"),
-    "empty, on stdin": Case(f"{GENERATE} --prompt - < /dev/null", "prompt is empty ... --prompt"),
-    "an empty line, on stdin": Case(f"echo | {GENERATE} --prompt -", "prompt is empty ... --prompt"),
+    "empty": Case(f"{GENERATE} --prompt ''", "prompt ... is empty"),
+    "empty, on stdin": Case(f"{GENERATE} --prompt - < /dev/null", "prompt ... is empty"),
+    "an empty line, on stdin": Case(f"echo | {GENERATE} --prompt -", "prompt ... is empty"),
     "stdin closed": Case(f"{GENERATE} --prompt - <&-", "prompt"),
 }
 MACHINE = {
@@ -277,19 +278,17 @@ MACHINE = {
 }
 OUTPUT = {  # generation has begun: there may be text on stdout
     "disk full": Case(f"{GENERATE} > /dev/full", "No space left"),
-    "reader gone": Case(
-        f"{GENERATE} --num_samples 999 | head -c 1 > $DIR/../text; exit ${{PIPESTATUS[0]}}", "stdout was closed"
-    ),
+    "reader gone": Case(f"{GENERATE} --num_samples 999 | head -c 1 > $DIR/../text; exit ${{PIPESTATUS[0]}}", "Broken pipe"),
     "stdout closed": Case(f"{GENERATE} >&-", "stdout"),
 }
 CONFIG_JSON = {
     "no directory": Case(f"{CONVERT}/none", "config.json: no such file ... directory"),
     "a file for the directory": Case(f"{CONVERT}/config.json", "config.json"),
     "missing": hf("config.json: no such file ... directory", remove("config.json")),
-    "not JSON": hf("config.json is not JSON ... download it again", cut("config.json", lambda size: size / 2)),
-    "empty": hf("config.json is not JSON ... download it again", write("config.json", "")),
-    "not text": hf("config.json is not JSON ... download it again", write("config.json", b"\xff\xfe\x00")),
-    "a list": hf("config.json is not a JSON object ... download it again", write("config.json", "[1, 2]")),
+    "not JSON": hf("config.json: JSON ... downloaded whole", cut("config.json", lambda size: size / 2)),
+    "empty": hf("config.json: JSON ... downloaded whole", write("config.json", "")),
+    "not text": hf("config.json: ... downloaded whole", write("config.json", b"\xff\xfe\x00")),
+    "a list": hf("config.json ... list ... downloaded whole", write("config.json", "[1, 2]")),
     **{f"{key} missing": hf(f"config.json ... {key}", config(key)) for key in CONFIG},
     "hidden_size a string": hf("config.json", config(hidden_size="64")),
     "hidden_size negative": hf("-64 ... positive", config(hidden_size=-64)),
@@ -311,9 +310,9 @@ CONFIG_JSON = {
     "mlp_bias": hf("mlp_bias = True is not supported", config(mlp_bias=True)),
     "hidden_act": hf("hidden_act = 'gelu' is not supported", config(hidden_act="gelu")),
     "quantization_config": hf("quantization_config ... not supported", config(quantization_config={"quant_method": "gptq"})),
-    **{f"rope {kind}": hf(f"{kind!r} is not supported ... linear", config(rope_scaling={"type": kind, "factor": 2.0}))
+    **{f"rope {kind}": hf(f"rope scaling = {kind!r} is not supported", config(rope_scaling={"type": kind, "factor": 2.0}))
        for kind in ("dynamic", "llama3", "yarn")},
-    **{f"rope {kind}, new": hf(f"{kind!r} is not supported ... linear", config(rope_parameters={"rope_type": kind}))
+    **{f"rope {kind}, new": hf(f"rope scaling = {kind!r} is not supported", config(rope_parameters={"rope_type": kind}))
        for kind in ("dynamic", "llama3", "yarn")},
     "rope linear without factor": hf("factor", config(rope_scaling={"type": "linear"})),
     "rope linear by 0": hf("0 ... positive", config(rope_scaling={"type": "linear", "factor": 0})),
@@ -330,16 +329,18 @@ TOKENIZER = {
 BIN = bin_file(lambda folder: weights())
 WEIGHTS = {
     "none": hf("model.safetensors nor pytorch_model.bin", remove("model.safetensors")),
-    "index names a missing shard": hf("c.safetensors is missing ... download it again", shards(dict, {"x": "c.safetensors"})),
-    "index is empty": hf("index.json is missing or empty ... download", shards(dict, {})),
+    "index names a missing shard": hf("c.safetensors: no such file ... download", shards(dict, {"x": "c.safetensors"})),
+    "index is empty": hf("missing ... download it again", shards(dict, {})),
     "index without files": hf("index.json", shards(dict, ["a.safetensors"])),
     "index of numbers": hf("download it again", shards(dict, {"x": 1})),
-    "a tensor in two shards": hf(Q_PROJ, shards(lambda: {Q_PROJ: weights()[Q_PROJ]}, {1: "a.safetensors", 2: "b.safetensors"})),
+    "a tensor in two shards": hf(
+        f"{Q_PROJ} ... twice", shards(lambda: {Q_PROJ: weights()[Q_PROJ]}, {1: "a.safetensors", 2: "b.safetensors"})
+    ),
     "a tensor less": hf("norm.weight ... missing ... download", tensors(lambda t: t.pop("model.norm.weight"))),
     "no output layer": hf("weight ... missing ... download", tensors(lambda t: t.pop("lm_head.weight"))),
     "a tensor more": hf("q_proj.bias", tensors(lambda t: t.update({f"{LAYER}self_attn.q_proj.bias": torch.ones(64)}))),
     "a layer more": hf("layers.1.mlp", tensors(lambda t: t.update({"model.layers.1.mlp.up_proj.weight": torch.ones(96, 64)}))),
-    "other shape": hf(f"{Q_PROJ} ... [32, 64] ... [64, 64]", tensors(lambda t: t.update({Q_PROJ: torch.ones(32, 64)}))),
+    "other shape": hf(f"{Q_PROJ} ... shape", tensors(lambda t: t.update({Q_PROJ: torch.ones(32, 64)}))),
     "integers": hf(Q_PROJ, tensors(lambda t: t.update({Q_PROJ: torch.ones(64, 64).long()}))),
     "8-bit floats": hf(Q_PROJ, tensors(lambda t: t.update({Q_PROJ: torch.ones(64, 64).to(torch.float8_e4m3fn)}))),
     "header cut short": hf("model.safetensors ... download it again", cut("model.safetensors", lambda size: 100)),
@@ -351,8 +352,8 @@ WEIGHTS = {
     "bin with code": hf("pytorch_model.bin ... download it again", bin_file(Code)),
     "bin with code, legacy": hf("pytorch_model.bin ... again", bin_file(Code, _use_new_zipfile_serialization=False)),
     "bin a list": hf("pytorch_model.bin ... download it again", bin_file(lambda folder: [1, 2])),
-    "bin without tensors": hf("pytorch_model.bin", bin_file(lambda folder: dict.fromkeys(SHAPES, 3))),
-    "bin without names": hf("pytorch_model.bin", bin_file(lambda folder: {3: torch.ones(3)})),
+    "bin without tensors": hf("model.embed_tokens.weight", bin_file(lambda folder: dict.fromkeys(SHAPES, 3))),
+    "bin without names": hf("3 in", bin_file(lambda folder: {3: torch.ones(3)})),
     "bin of integers": hf(Q_PROJ, bin_file(lambda folder: {Q_PROJ: torch.ones(64, 64).long()})),
     "bin cut short": hf("pytorch_model.bin ... again", both(BIN, cut("pytorch_model.bin", lambda size: 9999))),
     "bin empty": hf("pytorch_model.bin ... again", both(BIN, write("pytorch_model.bin", b""))),

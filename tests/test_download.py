@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+import quantize
 from scripts import download
 
 REPO = "someone/llama"
@@ -71,7 +72,7 @@ def status(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     def run() -> int:
         monkeypatch.setattr(sys, "argv", ["download.py", REPO])
         try:
-            download.main()
+            quantize.run(download.main)
         except SystemExit as end:
             if isinstance(end.code, str):
                 print(end.code, file=sys.stderr)
@@ -124,9 +125,9 @@ def test_what_is_found_is_said_on_stderr(hub: Hub, status: Callable, capsys: pyt
 @pytest.mark.parametrize(
     "missing, says",
     [
-        ({"tokenizer.model"}, ["no tokenizer.model", "sentencepiece"]),
-        (SAFETENSORS, ["neither model.safetensors nor pytorch_model.bin"]),
-        ({"config.json"}, ["no config.json"]),
+        ({"tokenizer.model"}, ["lacks", "sentencepiece tokenizer.model"]),
+        (SAFETENSORS, ["lacks", "weights in safetensors or .bin"]),
+        ({"config.json"}, ["lacks", "config.json"]),
     ],
 )
 def test_a_repository_that_cannot_be_converted_is_refused_before_the_download(
@@ -155,7 +156,7 @@ FAILURES = {
         HFValidationError("Repo id must\nbe"),
         ["neither a local directory nor a repository"],
     ),
-    "server": ("repo_info", http(HfHubHTTPError, "500 Server Error:\nInternal"), ["500 Server Error", "run it again"]),
+    "server": ("repo_info", http(HfHubHTTPError, "500 Server Error:\nInternal"), ["500 Server Error", "then again"]),
     "no network": ("repo_info", ConnectionError("[Errno -2] Name\nnot known"), ["Name not known", "check the network"]),
     "offline": ("repo_info", OfflineModeIsEnabled("HF_HUB_OFFLINE=1\nis set"), ["HF_HUB_OFFLINE", "download failed"]),
     "lost": ("model.safetensors", LocalEntryNotFoundError("Cannot\nfind"), ["Cannot find", "check the network", "resumes"]),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from conftest import DEMO, generated, make_sampling, new_engine
+from conftest import DEMO, generated, make_sampling, new_engine, plain
 
 from generate import TextStream, generate, gumbel_noise, hash32, sample
 from quantize import load_model, read_checkpoint
@@ -90,7 +90,7 @@ def test_hash_is_bit_equal_eager_compiled_and_in_python() -> None:
 @pytest.fixture(scope="module")
 def compiled(target):
     engine = new_engine(target)
-    engine.compile(prefill=True, sampling=make_sampling())
+    engine.compile(["decode", "prefill"], make_sampling())
     return engine
 
 
@@ -99,7 +99,7 @@ def compiled(target):
 def test_compiled_equals_eager(target, compiled, temperature: float, top_k: int | None) -> None:
     if top_k is not None:
         compiled = new_engine(target)
-        compiled.compile(prefill=False, sampling=make_sampling(1, 0.5, top_k))
+        compiled.compile(["decode"], make_sampling(1, 0.5, top_k))
     sampling = make_sampling(11, temperature, top_k)
     eager = generated(new_engine(target), PROMPT, 60, sampling)
     assert generated(compiled, PROMPT, 60, sampling) == eager
@@ -112,7 +112,7 @@ def test_models_of_different_eps_compile_in_one_process(random_llama) -> None:
         _, folder = random_llama(rms_norm_eps=eps)
         model = load_model(read_checkpoint(convert(folder, "float32")), "cpu", torch.float32)
         engine = new_engine(model)
-        engine.compile(prefill=True, sampling=make_sampling())
+        engine.compile(["decode", "prefill"], make_sampling())
         prompt = [1, 5, 6, 7]
         assert generated(engine, prompt, 20, make_sampling()) == generated(new_engine(model), prompt, 20, make_sampling())
 
@@ -121,8 +121,9 @@ def test_no_recompilation_after_the_warm_up_whatever_the_prompt_and_the_filling(
     """Engine.compile leaves nothing to compile: neither a prompt's length nor the first decoded token does."""
     from torch._dynamo.utils import counters  # noqa: PLC0415
 
+    torch.compiler.reset()
     compiled = new_engine(target)
-    compiled.compile(prefill=True, sampling=make_sampling())
+    compiled.compile(["decode", "verify", "prefill"], make_sampling())
     before = counters["stats"]["unique_graphs"]
     for length in (*range(1, 300, 13), 300, 513, 800):
         generated(compiled, (PROMPT * 400)[:length], 3, make_sampling(length, 0.5))
@@ -162,16 +163,20 @@ def test_same_seed_same_text_other_seed_other_text(target) -> None:
     assert first == again != other
 
 
-def test_cached_tokens_of_the_prompt_do_not_run_again(target) -> None:
-    """The text is the same wherever the cached part ends, and only the rest passes through the model."""
-    engine, sampling, rows = new_engine(target), make_sampling(3, 0.8), []
-    expected = generated(engine, PROMPT * 5, 20, sampling)
+def test_what_the_cache_holds_does_not_run_again(target) -> None:
+    """The text is the same wherever a prompt parts from what ran before it, and only the rest passes through the model."""
+    engine, sampling, rows, prompt = new_engine(target), make_sampling(3, 0.8), [], PROMPT * 5
+    expected = generated(engine, prompt, 20, sampling)
     target.tok_embeddings.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0].shape[1]))
     try:
-        for cached in (len(PROMPT * 5) - 1, 17, 1):
+        for before, kept in (
+            (prompt, len(prompt) - 1), (prompt + [5] * 9, len(prompt) - 1), (prompt[:17], 17), (prompt[:9] + [5] * 9, 9),
+            ([5] * 9, 0), ([1], 1),
+        ):  # fmt: skip
+            generated(engine, before, 1, sampling)
             rows.clear()
-            assert list(generate(engine, PROMPT * 5, cached, 20, None, sampling)) == expected
-            assert rows == [len(PROMPT * 5) - cached, *[1] * 19]
+            assert generated(engine, prompt, 20, sampling) == expected
+            assert rows == [len(prompt) - kept, *[1] * 19]
     finally:
         target.tok_embeddings._forward_hooks.clear()
 
@@ -187,20 +192,20 @@ def reason(iterator) -> tuple[list[int], str]:
 
 def test_it_says_why_it_stopped(target) -> None:
     engine, greedy = new_engine(target), make_sampling()
-    ids, why = reason(generate(engine, PROMPT, 0, 30, None, greedy))
+    ids, why = reason(generate(engine, PROMPT, 30, None, greedy, plain()))
     assert (len(ids), why) == (30, "max_new_tokens 30")
-    cut, why = reason(generate(engine, PROMPT, 0, 30, ids[12], greedy))
+    cut, why = reason(generate(engine, PROMPT, 30, ids[12], greedy, plain()))
     assert (cut, why) == (ids[: ids.index(ids[12])], "end of sequence")
-    assert reason(generate(engine, PROMPT, 0, 1, None, greedy))[0] == ids[:1]
+    assert reason(generate(engine, PROMPT, 1, None, greedy, plain()))[0] == ids[:1]
 
 
 def test_the_context_is_used_to_its_last_position(target) -> None:
     """A prompt of 1,020 in a context of 1,024 has room for 4 more tokens, and the one that follows them."""
     long = (PROMPT * 400)[:1020]
-    ids, why = reason(generate(new_engine(target), long, 0, 100, None, make_sampling()))
+    ids, why = reason(generate(new_engine(target), long, 100, None, make_sampling(), plain()))
     assert len(ids) == 5
     assert why == "context of 1024 tokens is full"
-    assert reason(generate(new_engine(target), long + ids[:4], 0, 100, None, make_sampling()))[0] == ids[4:]
+    assert reason(generate(new_engine(target), long + ids[:4], 100, None, make_sampling(), plain()))[0] == ids[4:]
 
 
 GOLDEN = json.loads((Path(__file__).parent / "demo" / "golden.json").read_text())
@@ -236,7 +241,7 @@ def test_half_a_character_waits_and_a_whole_one_does_not() -> None:
 
 
 STATISTICS = {
-    "Load time": r"[\d.]+ s", "Prompt tokens": r"\d+ \(\d+ cached\)", "Time to first token": r"[\d.]+ s",
+    "Load time": r"[\d.]+ s", "Prompt tokens": r"\d+ \(cached \d+ of \d+\)", "Time to first token": r"[\d.]+ s",
     "Prefill": r"[\d.]+ tokens/s", "Decode": r"[\d.]+ tokens/s \(\d+ tokens in [\d.]+ s\)", "Weights read": r"[\d.]+ GB/s",
     "Stopped": r"max_new_tokens 12", "Peak memory": r"[\d.]+ GB \(RSS\)",
 }  # fmt: skip
@@ -259,7 +264,7 @@ def test_sample_i_is_the_answer_of_seed_plus_i(demo) -> None:
     both = run_cli(*flags, "--seed", "5", "--num_samples", "2")
     alone = [run_cli(*flags, "--seed", seed).stdout for seed in (5, 6)]
     assert both.stdout == "\n".join(alone)
-    assert [re.search(r"\((\d+) cached", line)[1] for line in both.stderr.splitlines() if "cached" in line][0] == "0"
+    assert re.findall(r"cached (\d+ of \d+)", both.stderr) == ["0 of 9", "8 of 9"]
 
 
 def test_a_prompt_on_standard_input_is_the_same_prompt(demo) -> None:
@@ -286,6 +291,6 @@ def test_compile_time_does_not_grow_with_the_number_of_layers(random_llama) -> N
     for layers in (2, 6):
         _, folder = random_llama(num_hidden_layers=layers)
         model = load_model(read_checkpoint(convert(folder, "float32")), "cpu", torch.float32)
-        _, code = run_and_get_code(new_engine(model).compile, False, make_sampling())
+        _, code = run_and_get_code(new_engine(model).compile, ["decode"], make_sampling())
         sizes.append(sum(text.count("cpp_fused") for text in itertools.chain(code)))
     assert sizes[1] < sizes[0] * 1.5

@@ -130,7 +130,7 @@ def test_compiled_equals_eager_and_text_streams(quantized, name: str) -> None:
     """As in float: the same tokens, greedy and sampled; the stream is the text."""
     model = load_model(read_checkpoint(quantized[name]), "cpu", torch.float32)
     compiled = new_engine(model)
-    compiled.compile(prefill=True, sampling=make_sampling())
+    compiled.compile(["decode", "verify", "prefill"], make_sampling())
     for temperature in (0.0, 0.8):
         ids = generated(new_engine(model), PROMPT, 40, make_sampling(3, temperature))
         assert generated(compiled, PROMPT, 40, make_sampling(3, temperature)) == ids

@@ -22,6 +22,7 @@ MAY_IMPORT = {  # who may import whom; what is not named here imports nothing of
     "model": {"kernels"},
     "kernels": {"kernels"},  # its own cpu.py
     "scripts.convert_hf_checkpoint": {"model", "quantize"},
+    "scripts.download": {"quantize"},
 }
 
 
