@@ -171,9 +171,9 @@ class Speculation:
         self.rounds: list[tuple[int, int]] = []  # guesses tried and accepted, for each pass of the model
         self.pass_cost = [0.0] * (longest + 1)  # seconds of a pass that verifies so many guesses; moving averages, all
         self.guess_cost = 0.0  # seconds
-        self.hits, self.trials = 1.5, 2.0  # guesses that stood, of those that were compared
+        self.hits, self.trials = 1.0, 2.0  # guesses that stood, of those that were compared
         self.lost = 0.0  # seconds that plain decoding would have saved, in the last fifty passes or so
-        self.reach = 2  # the costs of more guesses than this are not known yet
+        self.reach = 1  # the costs of more guesses than this are not known yet
 
     def choose(self, room: int) -> int:
         """The number of guesses, at most `room`, with the most expected tokens per second.
@@ -188,7 +188,7 @@ class Speculation:
             cost = self.pass_cost[k] + k * self.guess_cost
             if tokens > rate * cost:
                 best, rate = k, tokens / max(cost, 1e-9)
-        return 0 if self.lost > (3 if best else 0.5) * self.pass_cost[0] else best or min(room, 1)
+        return best or (min(room, 1) if self.lost <= 0.5 * self.pass_cost[0] else 0)
 
     def learn(self, tried: int, accepted: int, guessing: float, verifying: float) -> None:
         """Take note of a pass: guesses tried and accepted, and the seconds that guessing and verifying took."""

@@ -1,0 +1,294 @@
+"""Speculation: the text of plain decoding on every path, guesses where they pay, none where they do not."""
+
+import itertools
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from conftest import DEMO, generated, make_sampling, new_engine
+
+from generate import Engine, Speculation, prompt_lookup
+from model import Transformer
+from quantize import build_model, load_model, quantize, read_checkpoint
+
+ROOT = Path(__file__).parents[1]
+TOKENIZER = sentencepiece.SentencePieceProcessor(model_file=str(DEMO / "target" / "tokenizer.model"))
+PROMPT = [TOKENIZER.bos_id(), *TOKENIZER.encode("def read_file(path):\n    with open(path) as file:\n        return")]
+WEIGHTS = ("float32", "bfloat16", "int8", "int4")
+CHOICES = {
+    "temperature": (0.0, 0.5, 0.8, 1.0, 1.5), "top_k": (None, 1, 20), "k": (1, 4, 7, 10, 13), "seed": (1, 2, 3),
+    "compiled": (False, True), "weights": WEIGHTS, "source": ("draft", "lookup", "target", "random"),
+}  # fmt: skip
+COMPILED = {("float32", None), ("bfloat16", 20), ("int8", 1), ("int4", None)}  # each is a graph of its own: seconds
+
+
+class Steady(Speculation):
+    """Tries k, k + 1, k + 2 guesses in turn, whether they pay or not."""
+
+    def __init__(self, guess: Callable, k: int) -> None:
+        super().__init__(guess, 15)
+        self.turns = itertools.cycle((k, k + 1, k + 2))
+
+    def choose(self, room: int) -> int:
+        return min(room, next(self.turns))
+
+
+def covering_set() -> list[dict]:
+    """Runs in which every pair of values of two of CHOICES occurs, found greedily."""
+    names, draw = list(CHOICES), random.Random(0)
+    missing = {((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in CHOICES[a] for y in CHOICES[b]}
+    runs = []
+    while missing:
+        candidates = []
+        for _ in range(200):
+            run = {name: draw.choice(values) for name, values in CHOICES.items()}
+            if run["compiled"]:
+                run["weights"], run["top_k"] = draw.choice(sorted(COMPILED, key=str))
+            pairs = set(itertools.combinations(run.items(), 2))
+            candidates.append((len(pairs & missing), len(candidates), run, pairs))
+        _, _, run, pairs = max(candidates)
+        runs.append(run)
+        missing -= pairs
+    return runs
+
+
+RUNS = covering_set()
+
+
+@pytest.fixture(scope="module")
+def models(demo: dict[str, Path], target: Transformer) -> dict[str, Transformer]:
+    """The demo target at each precision, its draft, and a random model of the draft's shape."""
+    checkpoint, draft = read_checkpoint(demo["target"]), read_checkpoint(demo["draft"])
+    made = {"float32": target, "bfloat16": load_model(checkpoint, "cpu", torch.bfloat16)}
+    for name, scheme in (("int8", {"mode": "int8"}), ("int4", {"mode": "int4", "groupsize": 32})):
+        path = demo["target"].with_name(f"speculation_{name}.pth")
+        quantize(checkpoint, scheme, "cpu", path)
+        made[name] = load_model(read_checkpoint(path), "cpu", torch.bfloat16)
+    made["draft float32"], made["draft"] = (load_model(draft, "cpu", dtype) for dtype in (torch.float32, torch.bfloat16))
+    made["random"] = random_model(draft.args)
+    return made
+
+
+def random_model(args) -> Transformer:
+    model = build_model(args, None, torch.float32).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    model.load_state_dict({n: torch.randn(t.shape, generator=generator) * 0.05 for n, t in model.state_dict().items()})
+    return model
+
+
+@pytest.fixture(scope="module")
+def engine_of(models: dict[str, Transformer]) -> Callable:
+    """A function: weights, compiled with which top-k -> the engine, compiled once."""
+    made = {}
+
+    def make(weights: str, compiled: bool, top_k: int | None) -> Engine:
+        key = (weights, compiled and (top_k,))
+        if key not in made:
+            made[key] = new_engine(models[weights])
+            if compiled:
+                made[key].compile(["decode", "verify"], make_sampling(1, 0.5, top_k))
+        return made[key]
+
+    return make
+
+
+def source(name: str, weights: str, models: dict[str, Transformer]) -> Callable:
+    """Where guesses come from."""
+    if name == "lookup":
+        return prompt_lookup
+    draft = {"draft": "draft float32" if weights == "float32" else "draft", "target": weights, "random": "random"}[name]
+    return new_engine(models[draft]).guess
+
+
+def test_the_covering_set_is_one() -> None:
+    seen = {pair for run in RUNS for pair in itertools.combinations(run.items(), 2)}
+    assert len(RUNS) <= 60
+    assert len(seen) == sum(len(CHOICES[a]) * len(CHOICES[b]) for a, b in itertools.combinations(CHOICES, 2))
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: " ".join(map(str, run.values())))
+def test_the_text_is_that_of_plain_decoding(run: dict, engine_of: Callable, models: dict[str, Transformer]) -> None:
+    """At every temperature, top-k and number of guesses, in float32, bf16, int8 and int4, whatever guesses."""
+    engine = engine_of(run["weights"], run["compiled"], run["top_k"])
+    sampling = make_sampling(run["seed"], run["temperature"], run["top_k"])
+    engine.ids.clear()  # or the prompt's last token would not run in one pass with the others, which bf16 sees
+    expected = generated(engine, PROMPT, 60, sampling)
+    speculation = Steady(source(run["source"], run["weights"], models), run["k"])
+    engine.ids.clear()
+    assert generated(engine, PROMPT, 60, sampling, speculation=speculation) == expected
+    tried = {tried for tried, _ in speculation.rounds}
+    assert tried & {run["k"], run["k"] + 1, run["k"] + 2} or run["source"] == "lookup"
+    if run["source"] == "target" and not run["compiled"]:  # compiled bf16 rounds elsewhere than the eager draft
+        assert all(tried == accepted for tried, accepted in speculation.rounds)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("name", CHOICES["source"])
+def test_the_context_is_used_to_its_last_position(weights: str, name: str, models: dict[str, Transformer]) -> None:
+    """The run of guesses shrinks near the end; no position behind it is ever run."""
+    engine, prompt, sampling = new_engine(models[weights]), (PROMPT * 60)[:985], make_sampling(5, 0.8)
+    last, run = [], engine.run
+    engine.run = lambda ids, *rest, **more: (last.append(len(engine.ids) + len(ids)), run(ids, *rest, **more))[1]
+    expected = generated(engine, prompt, 999, sampling)
+    assert len(expected) == 1024 - 985 + 1
+    engine.ids.clear()
+    assert generated(engine, prompt, 999, sampling, speculation=Steady(source(name, weights, models), 13)) == expected
+    assert max(last) == 1024
+
+
+def test_end_of_sequence_inside_an_accepted_run_ends_there(target: Transformer) -> None:
+    engine = new_engine(target)
+    ids = generated(engine, PROMPT, 40, make_sampling())
+    for eos_id in {ids[7], ids[12], ids[20]}:
+        speculation = Steady(new_engine(target).guess, 12)
+        assert generated(engine, PROMPT, 40, make_sampling(), eos_id, speculation) == ids[: ids.index(eos_id)]
+
+
+def test_no_more_tokens_than_were_asked_for(target: Transformer) -> None:
+    engine, sampling = new_engine(target), make_sampling()
+    ids = generated(engine, PROMPT, 40, sampling)
+    for count in (1, 2, 3, 17):
+        assert generated(engine, PROMPT, count, sampling, speculation=Steady(new_engine(target).guess, 13)) == ids[:count]
+
+
+def test_a_draft_of_a_shorter_context_falls_silent(target: Transformer, models: dict[str, Transformer]) -> None:
+    """And it runs nothing behind its own last position."""
+    args = type(target.args)(**{**vars(models["draft"].args), "max_seq_length": 64})
+    draft, engine, sampling = new_engine(random_model(args)), new_engine(target), make_sampling(3, 0.8)
+    for prompt in (PROMPT, PROMPT * 3, PROMPT * 9):
+        expected = generated(engine, prompt, 60, sampling)
+        assert generated(engine, prompt, 60, sampling, speculation=Steady(draft.guess, 5)) == expected
+        assert len(draft.ids) <= 64
+
+
+def test_one_speculation_serves_many_answers(target: Transformer, models: dict[str, Transformer]) -> None:
+    """What a draft has in its cache from one prompt does not leak into the next."""
+    engine, speculation = new_engine(target), Speculation(new_engine(models["draft float32"]).guess, 5)
+    for i, prompt in enumerate((PROMPT, PROMPT[:9], PROMPT[:5] + PROMPT, PROMPT)):
+        sampling = make_sampling(i, 0.8)
+        assert generated(engine, prompt, 40, sampling, speculation=speculation) == generated(
+            new_engine(target), prompt, 40, sampling
+        )
+    assert any(accepted for _, accepted in speculation.rounds)
+
+
+def test_nothing_is_compiled_while_decoding(models: dict[str, Transformer]) -> None:
+    from torch._dynamo.utils import counters  # noqa: PLC0415
+
+    torch.compiler.reset()
+    engine, draft = new_engine(models["bfloat16"]), new_engine(models["draft"])
+    engine.compile(["decode", "verify"], make_sampling())
+    draft.compile(["decode", "prefill"], make_sampling())
+    before = counters["stats"]["unique_graphs"]
+    for k in (1, 3, 6, 9, 13):
+        generated(engine, PROMPT * k, 60, make_sampling(k, 0.8), speculation=Steady(draft.guess, k))
+    assert counters["stats"]["unique_graphs"] == before > 0
+
+
+# ---- Prompt lookup
+
+
+@pytest.mark.parametrize(
+    "ids, count, guesses",
+    [
+        ([1, 2, 3, 4, 9, 1, 2, 3], 2, [4, 9]),
+        ([1, 2, 7, 8, 1, 2, 5, 6, 1, 2], 2, [5, 6]),  # of two repetitions the recent one
+        ([3, 1, 2, 7, 0, 4, 1, 2, 5, 0, 3, 1, 2], 1, [7]),  # a longer one before a recent one
+        ([5, 6, 5, 6, 5, 6], 5, [5, 6, 5, 6, 5]),  # what goes round
+        ([1, 2, 3, 4], 3, []),
+        ([1], 3, []),
+        ([8, 8, 8], 3, [8, 8, 8]),
+        ([4, 55297, 6, 1, 4, 55297], 2, [6, 1]),  # an id in the range of surrogates
+    ],
+)
+def test_prompt_lookup_continues_the_longest_recent_repetition(ids: list[int], count: int, guesses: list[int]) -> None:
+    assert prompt_lookup(ids, count, make_sampling()) == guesses
+
+
+# ---- How many guesses
+
+FLAT = [1 + 0.02 * i for i in range(16)]  # seconds of a pass that verifies i guesses
+STEEP = [1, 1.8, 1.9, 2.0, 2.2, 5.7] + [6 + 0.3 * i for i in range(10)]
+SLOPED = [1 + 0.1 * i for i in range(16)]
+
+
+def seconds_per_token(
+    acceptance: Callable, costs: list[float], guess_cost: float, tokens: int = 4000, k: int | None = None
+) -> float:
+    """Simulated, with noise of 5 %; with the controller, or with k guesses always."""
+    draw, speculation, spent, made = random.Random(1), Speculation(prompt_lookup, 15), 0.0, 0
+    while made < tokens:
+        tried = speculation.choose(15) if k is None else k
+        accepted = 0
+        while accepted < tried and draw.random() < acceptance(made):
+            accepted += 1
+        guessing, verifying = tried * guess_cost * draw.gauss(1, 0.05), costs[tried] * draw.gauss(1, 0.05)
+        speculation.learn(tried, accepted, guessing, verifying)
+        spent, made = spent + guessing + verifying, made + accepted + 1
+    return spent / made
+
+
+@pytest.mark.parametrize("costs", [FLAT, SLOPED, STEEP], ids=["flat", "sloped", "steep"])
+@pytest.mark.parametrize("guess_cost", [0.002, 0.05, 0.2])
+def test_within_5_percent_of_the_best_fixed_number(costs: list[float], guess_cost: float) -> None:
+    """On average over acceptances from 0 to 1; and nowhere more than 5 % slower than no guesses at all."""
+    ratios = []
+    for p in (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0):
+        best = min(seconds_per_token(lambda made, p=p: p, costs, guess_cost, k=k) for k in range(16))
+        mine = seconds_per_token(lambda made, p=p: p, costs, guess_cost)
+        assert mine < 1.05
+        ratios.append(mine / best)
+    assert sum(ratios) / len(ratios) < 1.05
+
+
+def test_a_useless_draft_is_hardly_asked_and_heard_again_when_it_is_useful() -> None:
+    """Off where the best number is 0, on again when acceptance returns."""
+    useless = seconds_per_token(lambda made: 0.0, SLOPED, 0.2)
+    assert useless < 1.03
+    returns = seconds_per_token(lambda made: 0.9 * (made >= 4000), SLOPED, 0.05, tokens=8000)
+    best = min(seconds_per_token(lambda made: 0.9, SLOPED, 0.05, k=k) for k in range(16))
+    assert 2 * returns - seconds_per_token(lambda made: 0.0, SLOPED, 0.05) < 1.15 * best
+
+
+# ---- The command line
+
+
+def run_cli(*flags: object) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "generate.py", *map(str, flags)], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_command_line_gives_the_same_text_and_says_what_was_accepted(demo: dict[str, Path]) -> None:
+    flags = ["--checkpoint_path", demo["target"], "--max_new_tokens", 50, "--prompt", "def read_file(", "--ignore_eos"]
+    plain = run_cli(*flags)
+    for more in (["--draft_checkpoint_path", demo["draft"]], ["--prompt_lookup", "--speculate_k", 15]):
+        done = run_cli(*flags, *more)
+        assert (done.returncode, done.stdout) == (0, plain.stdout)
+        lines = dict(line.split(": ", 1) for line in done.stderr.splitlines())
+        tried, accepted = map(int, re.match(r"(\d+) tried, (\d+) accepted \([\d.]+\)", lines["Guesses"]).groups())
+        assert 0 <= accepted <= tried
+        assert re.fullmatch(r"[\d.]+ in \d+ passes", lines["Tokens per pass"])
+        lengths = dict(map(int, pair.split(": ")) for pair in lines["Accepted lengths"].split(", ") if pair)
+        assert sum(length * count for length, count in lengths.items()) == accepted
+
+
+def test_another_vocabulary_is_refused_and_other_notes_in_the_tokenizer_are_not(demo, tmp_path: Path) -> None:
+    """The pieces are compared: a byte string behind them (protobuf's field 2, 6: the trainer's prefix) is not one."""
+    content = torch.load(demo["draft"], weights_only=True)
+    noted = content["tokenizer"] + bytes([0x12, 7, 0x12, 5]) + b"other"
+    piece = TOKENIZER.id_to_piece(1000).encode()
+    other = content["tokenizer"].replace(bytes([0x0A, len(piece)]) + piece, bytes([0x0A, len(piece)]) + b"Q" * len(piece))
+    assert other != content["tokenizer"] != noted
+    torch.save(content | {"tokenizer": noted}, tmp_path / "noted.pth")
+    torch.save(content | {"tokenizer": other}, tmp_path / "other.pth")
+    flags = ["--checkpoint_path", demo["target"], "--max_new_tokens", 5, "--draft_checkpoint_path"]
+    assert run_cli(*flags, tmp_path / "noted.pth").returncode == 0
+    done = run_cli(*flags, tmp_path / "other.pth")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "another vocabulary" in done.stderr
