@@ -173,8 +173,8 @@ template <int V, int M, int R> static void block(const Weight &w, const Rows &ro
 }
 
 template <int V, int M> static void channels(const Weight &w, const Rows &rows, long first, long n, long end, bf16 *y) {
-    // One row at a time reads memory as one stream; more share each activation between two channels while registers last.
-    constexpr int R = M == 1 || (V == 4 && M > 4) ? 1 : 2;
+    // One row reads memory as one stream; more share each activation between two channels, where that is worth a second one.
+    constexpr int R = M == 1 || (V == 1 && M < 4) ? 1 : 2;
     for (; n + R <= end; n += R) block<V, M, R>(w, rows, first, n, y);
     for (; n < end; n++) block<V, M, 1>(w, rows, first, n, y);
 }
@@ -233,10 +233,11 @@ extern "C" void linear(const bf16 *x, long count, const uint8_t *data, const voi
     const Weight w = {data, scale, minimum, bits, groupsize, in, out};
     prepare(w, x, count, rows);
     const Rows &shared = rows;
+    const long pass = bits == 4 ? ROWS / 2 : ROWS;  // as many as registers hold beside the levels of two channels
 #pragma omp parallel for schedule(static)
     for (long n = 0; n < out; n += STRIP)
-        for (long first = 0; first < count; first += ROWS)
-            strip(w, shared, first, std::min(ROWS, count - first), n, std::min(n + STRIP, out), y);
+        for (long first = 0; first < count; first += pass)
+            strip(w, shared, first, std::min(pass, count - first), n, std::min(n + STRIP, out), y);
 }
 
 // The weight [out, in], in bfloat16 or, where `wide`, in float32; `in` a multiple of 32.
