@@ -5,12 +5,7 @@
 Token ids go in and come out of `generate`; only `main` knows text, flags and the terminal.
 """
 
-import signal
-import warnings
-
-if __name__ == "__main__":  # before torch, whose import takes a second (Ctrl-C) and warns where numpy is missing
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+import launch  # isort: skip  # noqa: F401
 
 import argparse
 import math
@@ -18,7 +13,6 @@ import os
 import resource
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -26,16 +20,13 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-import torch.nn as nn
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels import cpu
 from model import Transformer
-from quantize import Checkpoint, check_device, load_model, read_checkpoint, run, utf8
+from quantize import DEVICES, Checkpoint, load_model, read_checkpoint, run, utf8
 
 PREFILL_ROWS = 512  # a prompt runs in chunks of so many rows: bounded memory, and Ctrl-C is heard in between
-LOOKUP = 2, 5  # prompt lookup: how many of the last tokens have to stand there once more, and how many are looked for first
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass
@@ -136,12 +127,14 @@ class Engine:
             sequence.append(int(self.extend(sequence, sampling)))
         return sequence[len(ids) :]
 
+    def keep(self, ids: list[int]) -> None:
+        """Called with the whole sequence when an answer has ended. What is in the cache is kept for the next one anyway."""
+
     def compile(self, kinds: list[str], sampling: Sampling) -> None:
         """Compile the step for these kinds: one row (decode), some rows with all their samples (verify), any (prefill)."""
         torch._dynamo.config.specialize_float = True  # or the eps of a second model becomes a symbol, which does not compile
         self.compiled = dict.fromkeys(kinds, torch.compile(step, fullgraph=True))
         for kind in kinds:
-            self.ids = []
             self.run([0] if kind == "decode" else [0, 0], sampling, kind == "verify")
         self.ids = []
 
@@ -152,7 +145,7 @@ def prompt_lookup(ids: list[int], count: int, sampling: Sampling) -> list[int]:
     What follows may be short: then it is taken to go round. https://github.com/apoorvumang/prompt-lookup-decoding
     """
     text = "".join(map(chr, ids))  # str.rfind is the fastest search in a sequence that Python has
-    for length in range(LOOKUP[1], LOOKUP[0] - 1, -1):
+    for length in range(5, 1, -1):
         found = text.rfind(text[-length:], 0, -1)
         if found >= 0:
             return (ids[found + length :] * count)[:count]
@@ -167,8 +160,7 @@ class Speculation:
     """
 
     def __init__(self, guess: Callable[[list[int], int, Sampling], list[int]], longest: int) -> None:
-        self.guess = guess
-        self.rounds: list[tuple[int, int]] = []  # guesses tried and accepted, for each pass of the model
+        self.guess, self.rounds = guess, []  # guesses tried and accepted, for each pass of the model
         self.pass_cost = [0.0] * (longest + 1)  # seconds of a pass that verifies so many guesses; moving averages, all
         self.guess_cost = 0.0  # seconds
         self.hits, self.trials = 1.0, 2.0  # guesses that stood, of those that were compared
@@ -202,16 +194,6 @@ class Speculation:
             self.guess_cost = 0.75 * (self.guess_cost or guessing / tried) + 0.25 * guessing / tried
             self.hits, self.trials = 0.95 * self.hits + accepted, 0.95 * self.trials + min(accepted + 1, tried)
             self.lost = max(0.0, self.lost + guessing + verifying - (accepted + 1) * self.pass_cost[0])
-
-    def lines(self) -> list[str]:
-        """The statistics of the rounds, none where nothing can be guessed."""
-        tried, accepted = (sum(each[i] for each in self.rounds) for i in (0, 1))
-        lengths = Counter(accepted for tried, accepted in self.rounds if tried)
-        return [
-            f"Guesses: {tried} tried, {accepted} accepted ({accepted / max(tried, 1):.3f})",
-            f"Tokens per pass: {1 + accepted / max(len(self.rounds), 1):.3f} in {len(self.rounds)} passes",
-            f"Accepted lengths: {', '.join(f'{length}: {lengths[length]}' for length in sorted(lengths))}",
-        ][: 3 * len(self.pass_cost[1:])]
 
 
 def generate(
@@ -276,7 +258,7 @@ class Session:
 
     args: argparse.Namespace
     checkpoint: Checkpoint
-    engine: Engine
+    engines: list[Engine]  # the model's, then the draft's
     speculation: Speculation
 
     def sampling(self, i: int = 0) -> Sampling:
@@ -292,83 +274,94 @@ class Session:
             raise ValueError(f"the prompt has {len(ids)} tokens and the model's context {context}: shorten the prompt")
         return ids
 
-    def answer(self, prompt: list[int], i: int = 0) -> tuple[list[int], list[str]]:
-        """Print the text that follows `prompt` as it comes, with seed + i; its ids, and the statistics by lines."""
-        stream, ids, start = TextStream(self.checkpoint.tokenizer), [], time.perf_counter()
+    def answer(self, prompt: list[int], i: int = 0) -> tuple[list[int], int, float, list[str]]:
+        """Print the text that follows `prompt` as it comes, with seed + i.
+
+        Its ids, the tokens of the prompt that were cached, the seconds to the first token, and the statistics by lines.
+        """
+        engine, stream, ids, start = self.engines[0], TextStream(self.checkpoint.tokenizer), [], time.perf_counter()
         self.speculation.rounds.clear()
-        self.engine.rewind(prompt)
-        cached, ran, first = len(self.engine.ids), len(prompt) - len(self.engine.ids), 0.0
+        engine.rewind(prompt)
+        cached, first, end = len(engine.ids), 0.0, 0.0
         eos_id = None if self.args.ignore_eos else self.checkpoint.tokenizer.eos_id()
-        tokens = generate(self.engine, prompt, self.args.max_new_tokens, eos_id, self.sampling(i), self.speculation)
+        tokens = generate(engine, prompt, self.args.max_new_tokens, eos_id, self.sampling(i), self.speculation)
         try:
             while True:
                 ids.append(next(tokens))
-                first, end = first or time.perf_counter() - start, time.perf_counter()
+                first, end = first or time.perf_counter() - start, time.perf_counter() - start
                 print(stream.push(ids[-1]), end="", flush=True)
         except StopIteration as stop:
             why = stop.value
-            if not ids:
-                first, end = time.perf_counter() - start, time.perf_counter()
         print(stream.finish(), end="\n" if sys.stdout.isatty() else "", flush=True)
-        seconds, passes = max(end - start - first, 1e-9), len(self.speculation.rounds)
-        read = passes * sum(t.nbytes for name, t in self.engine.model.state_dict().items() if name != "tok_embeddings.weight")
-        return ids, [
+        first, seconds = first or time.perf_counter() - start, max(end - first, 1e-9)
+        for each in self.engines:
+            each.keep(prompt + ids)
+        weights = sum(t.nbytes for name, t in engine.model.state_dict().items() if name != "tok_embeddings.weight")
+        cuda = self.args.device == "cuda"
+        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        rounds = self.speculation.rounds
+        tried, accepted = (sum(each[column] for each in rounds) for column in (0, 1))
+        lengths = sorted(accepted for tried, accepted in rounds if tried)
+        statistics = [
             f"Prompt tokens: {len(prompt)} (cached {cached} of {len(prompt)})",
             f"Time to first token: {first:.3f} s",
-            f"Prefill: {ran / first:.2f} tokens/s",
-            f"Decode: {max(len(ids) - 1, 0) / seconds:.2f} tokens/s ({len(ids)} tokens in {end - start:.2f} s)",
-            f"Weights read: {read / seconds / 1e9:.2f} GB/s",
-            *self.speculation.lines(),
+            f"Prefill: {(len(prompt) - cached) / first:.2f} tokens/s",
+            f"Decode: {max(len(ids) - 1, 0) / seconds:.2f} tokens/s ({len(ids)} tokens in {end:.2f} s)",
+            f"Weights read: {len(rounds) * weights / seconds / 1e9:.2f} GB/s",
+            f"Guesses: {tried} tried, {accepted} accepted ({accepted / max(tried, 1):.3f})",
+            f"Tokens per pass: {1 + accepted / max(len(rounds), 1):.3f} in {len(rounds)} passes",
+            f"Accepted lengths: {', '.join(f'{n}: {lengths.count(n)}' for n in dict.fromkeys(lengths)) or 'none'}",
             f"Stopped: {why}",
+            f"Peak memory: {peak / 1e9:.3f} GB ({'CUDA' if cuda else 'RSS'})",
         ]
+        return ids, cached, first, statistics
 
 
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+def between(low: float, high: float = math.inf, kind: type = int) -> Callable[[str], float]:
     """An argparse type: a number of `kind` from `low` to `high`."""
 
-    def parse(text: str) -> float:
+    def number(text: str) -> float:
         value = kind(text)
         if not low <= value <= high or value == math.inf:
             raise argparse.ArgumentTypeError(f"{text}: must be at least {low}" + f" and at most {high}" * (high < math.inf))
         return value
 
-    parse.__name__ = kind.__name__  # what argparse calls it where the text is no number at all
-    return parse
+    return number
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Generate text from a checkpoint that scripts/prepare.sh made.")
+    parser = argparse.ArgumentParser(description="Generate text from a checkpoint.", conflict_handler="resolve")
     add = parser.add_argument
     add("--checkpoint_path", type=Path, required=True, help="model.pth, or what quantize.py made of it")
     add("--prompt", default="Hello, my name is", help='text to continue; "-" reads standard input')
-    add("--num_samples", type=number(int, 1), default=1, help="answers; answer i uses seed + i (1)")
-    add("--max_new_tokens", type=number(int, 1), default=200, help="longest answer, in tokens (200)")
-    add("--temperature", type=number(float, 0), default=0.8, help="of sampling; 0 is greedy (0.8)")
-    add("--top_k", type=number(int, 1), help="sample among so many of the most likely tokens only (all)")
+    add("--num_samples", type=between(1), default=1, help="answers; answer i uses seed + i (1)")
+    add("--max_new_tokens", type=between(1), default=200, help="longest answer, in tokens (200)")
+    add("--temperature", type=between(0, kind=float), default=0.8, help="of sampling; 0 is greedy (0.8)")
+    add("--top_k", type=between(1), help="sample among so many of the most likely tokens only (all)")
     either = parser.add_mutually_exclusive_group().add_argument
     either("--draft_checkpoint_path", type=Path, help="a small model of the same vocabulary guesses ahead")
     either("--prompt_lookup", action="store_true", help="guess what followed the last few tokens where they stood before")
-    add("--speculate_k", type=number(int, 1, cpu.MAX_ROWS - 1), default=5, help="longest run of guesses, at most 15 (5)")
-    add("--seed", type=number(int, 0, 2**31 - 1), default=1234, help="the same seed gives the same text (1234)")
+    add("--speculate_k", type=between(1, cpu.MAX_ROWS - 1), default=5, help="longest run of guesses, at most 15 (5)")
+    add("--seed", type=between(0, 2**31 - 1), default=1234, help="the same seed gives the same text (1234)")
     add("--compile", action="store_true", help="compile the step of one token: slower start, faster decoding")
     add("--compile_prefill", action="store_true", help="compile the prompt's pass as well")
-    cuda = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", choices=["cuda", "cpu"], default=cuda, help="default: cuda where there is one")
-    add("--precision", choices=list(DTYPES), default="bfloat16", help="of activations, cache and unquantized weights")
+    add("--device", choices=DEVICES, default=DEVICES[0], help="cuda where there is one")
+    add("--precision", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of activations, float weights")
     add("--ignore_eos", action="store_true", help="do not stop at the end-of-sequence token (for benchmarks)")
-    add("--profile", type=Path, help="write a trace of the last answer to this file (open it in chrome://tracing)")
+    add("--profile", type=Path, help="write a trace of the answers to this file (open it in chrome://tracing)")
     return parser
 
 
-def open_session(args: argparse.Namespace, make_engine: Callable = Engine) -> Session:
-    """Check what the flags ask for, load it, compile it. ValueError names what is missing or does not fit."""
+def open_session(args: argparse.Namespace, make_engine: Callable = lambda _, *parts: Engine(*parts)) -> Session:
+    """Check what the flags ask for, load it, compile it. ValueError names what is missing or does not fit.
+
+    `make_engine` (checkpoint, model, cache) makes an engine of each model.
+    """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own news are not the user's
     sys.stdout.reconfigure(encoding="utf-8")
     torch.set_num_threads(cpu.cores())
-    check_device(args.device)
     if (args.compile or args.compile_prefill) and cpu.compiler() is None:
-        name = os.environ.get("CXX", "g++")
-        raise ValueError(f"--compile needs a C++ compiler and {name} is not there: install one, or leave --compile away")
+        raise ValueError(f"--compile: no C++ compiler {os.environ.get('CXX', 'g++')} is there: install one, or leave it away")
     if args.profile and (args.profile.is_dir() or not os.access(args.profile.parent, os.W_OK)):
         raise ValueError(f"--profile {args.profile}: no file can be written there: name one in a folder that exists")
     start, engines = time.perf_counter(), []
@@ -377,10 +370,10 @@ def open_session(args: argparse.Namespace, make_engine: Callable = Engine) -> Se
     if vocabularies[0] != vocabularies[-1]:
         raise ValueError(f"{args.draft_checkpoint_path} has another vocabulary than the model: choose a draft of its family")
     for checkpoint in checkpoints:
-        model = load_model(checkpoint, args.device, DTYPES[args.precision])
-        engines.append(make_engine(model, model.make_cache(checkpoint.args.max_seq_length)))
+        model = load_model(checkpoint, args.device, getattr(torch, args.precision))
+        engines.append(make_engine(checkpoint, model, model.make_cache(checkpoint.args.max_seq_length)))
     guess, speculates = engines[-1].guess if len(engines) > 1 else prompt_lookup, args.prompt_lookup or len(engines) > 1
-    session = Session(args, checkpoints[0], engines[0], Speculation(guess, args.speculate_k * speculates))
+    session = Session(args, checkpoints[0], engines, Speculation(guess, args.speculate_k * speculates))
     print(f"Load time: {time.perf_counter() - start:.3f} s", file=sys.stderr)
     if args.compile or args.compile_prefill:
         start = time.perf_counter()
@@ -389,8 +382,7 @@ def open_session(args: argparse.Namespace, make_engine: Callable = Engine) -> Se
             if len(engines) > 1:
                 engines[1].compile(["decode", "prefill"], session.sampling())
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"--compile failed ({reason}): repair the C++ compiler, or leave --compile away") from error
+            raise ValueError(f"--compile failed ({error}): repair the C++ compiler, or leave --compile away") from error
         print(f"Compile time: {time.perf_counter() - start:.3f} s", file=sys.stderr)
     return session
 
@@ -401,27 +393,25 @@ def read_prompt(text: str) -> str:
     return utf8(piped if text == "-" else os.fsencode(text), "the prompt (--prompt, or standard input)")
 
 
-def print_peak_memory(device: str) -> None:
-    cuda = device == "cuda"
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"Peak memory: {peak / 1e9:.3f} GB ({'CUDA' if cuda else 'RSS'})", file=sys.stderr)
+def answer_all(session: Session, prompts: list[list[int]]) -> list[tuple[int, int, float]]:
+    """Print num_samples answers to each prompt, with statistics; for each, the tokens cached and computed, and the seconds
+    to the first token."""
+    rows, profile = [], session.args.profile
+    with torch.profiler.profile() if profile else nullcontext() as trace:
+        for prompt, i in [(prompt, i) for prompt in prompts for i in range(session.args.num_samples)]:
+            print("\n" * bool(rows), end="")
+            _, cached, first, statistics = session.answer(prompt, i)
+            print(*statistics, sep="\n", file=sys.stderr)
+            rows.append((cached, len(prompt) - cached, first))
+    if profile:
+        trace.export_chrome_trace(str(profile))
+    return rows
 
 
 def main() -> None:
     args = build_parser().parse_args()
-    text = read_prompt(args.prompt)
-    session = open_session(args)
-    prompt = session.encode(text)
-    for i in range(args.num_samples):
-        profiled = args.profile and i == args.num_samples - 1
-        with torch.profiler.profile() if profiled else nullcontext() as profile:
-            _, statistics = session.answer(prompt, i)
-        if i + 1 < args.num_samples:
-            print()
-        print("\n".join(statistics), file=sys.stderr)
-    if args.profile:
-        profile.export_chrome_trace(str(args.profile))
-    print_peak_memory(args.device)
+    text, session = read_prompt(args.prompt), open_session(args)
+    answer_all(session, [session.encode(text)])
 
 
 if __name__ == "__main__":

@@ -6,9 +6,7 @@ It owns no sequence: the cache is the caller's. It knows nothing of files, sampl
 from dataclasses import dataclass, fields
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import kernels
 
@@ -53,18 +51,6 @@ class KVCache(nn.Module):
         self.register_buffer("v", like.new_empty(shape))
 
 
-class RMSNorm(nn.Module):
-    """Root mean square normalization, https://arxiv.org/abs/1910.07467."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
 class Attention(nn.Module):
     """Grouped-query attention; the three input projections are one product, `wqkv` = rows of q, then k, then v."""
 
@@ -87,7 +73,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w13(x).chunk(2, dim=-1)
-        return self.w2(F.silu(gate) * up)
+        return self.w2(nn.functional.silu(gate) * up)
 
 
 class TransformerBlock(nn.Module):
@@ -95,8 +81,8 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.attention = Attention(args)
         self.feed_forward = FeedForward(args)
-        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
-        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        self.attention_norm = nn.RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = nn.RMSNorm(args.dim, args.norm_eps)
 
     @torch.compiler.nested_compile_region  # compiled once, called for every layer: compile time does not grow with depth
     def forward(self, x: Tensor, rope: Tensor, input_pos: Tensor, cache: KVCache) -> Tensor:
@@ -111,7 +97,7 @@ class Transformer(nn.Module):
         # from_pretrained draws no random weights, which on the meta device would import the compiler (2 s)
         self.tok_embeddings = nn.Embedding.from_pretrained(torch.empty(args.vocab_size, args.dim))
         self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layer))
-        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.norm = nn.RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
 
     def make_cache(self, max_seq_length: int, batch: int = 1) -> nn.ModuleList:

@@ -5,35 +5,30 @@
 Multiplying is the business of kernels/, the architecture that of model.py.
 """
 
-import signal
-import warnings
-
-if __name__ == "__main__":  # before torch, whose import takes a second (Ctrl-C) and warns where numpy is missing
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+import launch  # isort: skip  # noqa: F401
 
 import argparse
 import errno
 import math
 import mmap
 import os
-import pickle
+import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.serialization import set_default_mmap_options, skip_data
 
 import kernels
 from model import ModelArgs, Transformer
 
+DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 GROUPSIZES = (32, 64, 128, 256)
 SLAB = 2**18  # weights quantized at a time: what they need stays in the caches
 TINY = torch.finfo(torch.float32).tiny  # in place of a scale of zero: any level will do
@@ -85,9 +80,7 @@ class Checkpoint:
 
     path: Path
     args: ModelArgs
-    quantization: dict | None
-    id: str
-    chat: bool
+    header: dict  # config, quantization, id, chat, tokenizer: what the file says of itself
     tokenizer: sentencepiece.SentencePieceProcessor
     model: dict[str, Tensor]
 
@@ -98,17 +91,10 @@ def reading(path: Path, cure: str) -> Iterator[None]:
     try:
         if not path.is_file():
             raise ValueError("no such file")
-        yield
-    except (
-        ValueError,
-        RuntimeError,
-        pickle.UnpicklingError,
-        EOFError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-    ) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of TorchScript before it refuses it
+            yield
+    except Exception as error:  # there is no end to what damaged files make parsers raise
         reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {str(error)[:80]}"
         raise ValueError(f"{path}: {reason}; {cure}") from error
 
@@ -118,30 +104,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
     with reading(path, "./scripts/prepare.sh REPO or quantize.py writes a checkpoint"):
         with open(path, "rb") as file:  # ask the disk for the weights while Python does other things
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-        content = load(path, mmap=True)
+        content = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
         args, tokenizer = ModelArgs(**content["config"]), sentencepiece.SentencePieceProcessor(model_proto=content["tokenizer"])
-        fields = [content[name] for name in ("quantization", "id", "chat")]
-        checkpoint = Checkpoint(path, args, *fields, tokenizer, content["model"])
-        expected = build_model(args, checkpoint.quantization, torch.bfloat16).state_dict()
-        kinds = [{n: (t.shape, t.is_floating_point()) for n, t in model.items()} for model in (expected, checkpoint.model)]
-        if kinds[0] != kinds[1]:
+        model, expected = content.pop("model"), build_model(args, content["quantization"], torch.bfloat16).state_dict()
+        kinds = [{n: (t.shape, t.is_floating_point()) for n, t in tensors.items()} for tensors in (expected, model)]
+        if kinds[0] != kinds[1] or not {"id", "chat"} <= content.keys():
             raise ValueError("its tensors are not those of its own config: convert or quantize it again")
-    return checkpoint
-
-
-def load(path: Path, mmap: bool) -> object:
-    """What torch.save wrote to `path`. RuntimeError, UnpicklingError and others where it is cut short or not safe to load."""
-    with open(path, "rb"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of TorchScript before it refuses it
-        try:
-            return torch.load(path, mmap=mmap, weights_only=True, map_location="cpu")
-        except OSError as error:  # EINVAL: it looks for the directory of a zip file in front of its beginning
-            raise RuntimeError(str(error)) from error
+    return Checkpoint(path, args, content, tokenizer, model)
 
 
 def load_model(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> Transformer:
     """The model of a checkpoint on `device`. Float weights become `dtype`; all that need not change stays mapped."""
-    model = build_model(checkpoint.args, checkpoint.quantization, dtype)
+    model = build_model(checkpoint.args, checkpoint.header["quantization"], dtype)
     expected, moved, weights = model.state_dict(), {}, {}
     for name, tensor in progress(checkpoint.model.items(), "loading"):
         key = (tensor.data_ptr(), expected[name].dtype)  # tied embeddings are one tensor under two names
@@ -169,8 +143,6 @@ def write_checkpoint(path: Path, header: dict, tensors: dict[str, Tensor], fill:
             fill(mapped)
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except torch.OutOfMemoryError:
-        raise
     except (OSError, RuntimeError) as error:  # torch.save knows only RuntimeError
         size, reason = sum(t.nbytes for t in tensors.values()), getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise OSError(f"{path} was not written ({reason}): it needs {size / 1e9:.2f} GB in a folder to write to") from error
@@ -215,8 +187,8 @@ def quantize_int4(weight: Tensor, groupsize: int, rounds: int = 5) -> dict[str, 
 
 def quantize(checkpoint: Checkpoint, quantization: dict, device: str, path: Path) -> None:
     """Write to `path` what `checkpoint` becomes under `quantization`, computed on `device` in slabs of a few rows."""
-    if checkpoint.quantization is not None:
-        raise ValueError(f"{checkpoint.path} is quantized already ({checkpoint.quantization['mode']}): give the original")
+    if checkpoint.header["quantization"]:
+        raise ValueError(f"{checkpoint.path} is quantized already: give the original")
     source = checkpoint.model
     shapes = build_model(checkpoint.args, quantization, source["norm.weight"].dtype).state_dict()
 
@@ -235,8 +207,7 @@ def quantize(checkpoint: Checkpoint, quantization: dict, device: str, path: Path
                 for part, value in parts.items():
                     mapped[f"{layer}.{part}"][start : start + rows].copy_(value)
 
-    header = {"config": asdict(checkpoint.args), "quantization": quantization}
-    header |= {"chat": checkpoint.chat, "tokenizer": checkpoint.tokenizer.serialized_model_proto()}
+    header = checkpoint.header | {"quantization": quantization}
     write_checkpoint(path, header, {name: torch.empty_like(shape, device="cpu") for name, shape in shapes.items()}, fill)
 
 
@@ -254,7 +225,7 @@ def compare(original: Checkpoint, quantized: Checkpoint, text: str, device: str)
         logs = [m(tokens[:, :-1], positions, m.make_cache(window))[0].log_softmax(-1) for m in models]
         for i, log in enumerate(logs):
             losses[i] -= log.gather(1, wanted[:, None]).sum().item()
-        divergence += F.kl_div(logs[1], logs[0], reduction="sum", log_target=True).item()
+        divergence += nn.functional.kl_div(logs[1], logs[0], reduction="sum", log_target=True).item()
         same += (logs[0].argmax(-1) == logs[1].argmax(-1)).sum().item()
         count += len(wanted)
     others = ("norm", "embeddings")
@@ -267,26 +238,19 @@ def compare(original: Checkpoint, quantized: Checkpoint, text: str, device: str)
     return "\n".join(lines)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def main() -> None:
     parser = argparse.ArgumentParser(description="Quantize the weights of a checkpoint to 8 or 4 bits, into a file beside it.")
     add = parser.add_argument
     add("--checkpoint_path", type=Path, required=True, help="model.pth, as scripts/prepare.sh made it")
     add("--mode", choices=["int8", "int4"], default="int8", help="int8 per channel, or int4 in groups (int8)")
     add("--groupsize", type=int, choices=GROUPSIZES, default=32, help="of int4: smaller is better and larger (32)")
-    add("--device", choices=["cuda", "cpu"], default="cpu", help="what computes; names an int4 file, which runs on both (cpu)")
+    add("--device", choices=DEVICES, default="cpu", help="what computes; names an int4 file, which runs on both (cpu)")
     add("--check", type=Path, metavar="TEXT_FILE", help="then say what was lost: perplexity and more on this text")
-    return parser
-
-
-def main() -> None:
-    args = build_parser().parse_args()
-    check_device(args.device)
+    args = parser.parse_args()
     text = args.check and utf8(args.check.read_bytes(), str(args.check))
     checkpoint = read_checkpoint(args.checkpoint_path)
-    quantization, suffix = {"mode": "int8"}, "int8"
-    if args.mode == "int4":
-        quantization = {"mode": "int4", "groupsize": args.groupsize}
-        suffix = f"int4.g{args.groupsize}.{args.device}"
+    quantization = {"mode": "int8"} if args.mode == "int8" else {"mode": "int4", "groupsize": args.groupsize}
+    suffix = "int8" if args.mode == "int8" else f"int4.g{args.groupsize}.{args.device}"
     path = args.checkpoint_path.with_name(f"{args.checkpoint_path.stem}_{suffix}.pth")
     quantize(checkpoint, quantization, args.device, path)
     print(f"wrote {path}", file=sys.stderr)
@@ -305,11 +269,6 @@ def utf8(data: bytes, name: str) -> str:
     return text
 
 
-def check_device(device: str) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no CUDA device is there (or this torch is built without CUDA); use --device cpu")
-
-
 def progress(items: Sequence, what: str) -> Iterator:
     """The items, with a line on a terminal's stderr that counts them."""
     for i, item in enumerate(items, 1):
@@ -321,10 +280,8 @@ def progress(items: Sequence, what: str) -> Iterator:
 def run(main: Callable[[], None]) -> None:
     """Call a script's `main`; what a user can cause ends in one line on stderr and status 1, Ctrl-C in status 130."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  None where the caller closed it
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     try:
-        if sys.stdout is None:
-            raise OSError("stdout is closed: redirect it to /dev/null instead")
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -334,7 +291,7 @@ def run(main: Callable[[], None]) -> None:
             sys.exit("there is not enough memory for this model and its context: quantize it, or use a smaller one")
         if isinstance(error, RuntimeError):
             raise
-        if sys.stdout and error.args[:1] in [(errno.EPIPE,), (errno.ENOSPC,)]:  # or the interpreter complains while it ends
+        if error.args[:1] in [(errno.EPIPE,), (errno.ENOSPC,)]:  # or the interpreter complains while it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(" ".join(str(error).split()))
 

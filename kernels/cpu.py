@@ -28,8 +28,7 @@ def compiler() -> str | None:
 
 def cpu_features() -> str:
     """What -march=native depends on: a home directory may be shared between hosts."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
     return platform.machine() + platform.processor() + next((x for x in lines if x.startswith(("flags", "Features"))), "")
 
 
@@ -44,24 +43,34 @@ def cores() -> int:
     return max(1, len(physical) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def build(folder: Path, flags: list[str]) -> ctypes.CDLL:
-    """Load the library for `flags` from `folder`, built first where it is missing or not whole.
+def read_sealed(path: Path) -> bytes | None:
+    """What write_sealed wrote; None where it is not there, was damaged, cut short or renamed."""
+    data = path.read_bytes() if path.exists() else b""
+    return data[:-32] if hashlib.sha256(path.name.encode() + data[:-32]).digest() == data[-32:] else None
 
-    A file ends with the SHA-256 of the rest, so one that was cut short or changed is built again; it is renamed into
-    place, so two processes that start together only do the work twice. OSError, CalledProcessError where it fails.
-    """
+
+def write_sealed(path: Path, data: bytes) -> None:
+    """Write a file that ends with the SHA-256 of its name and of the rest, renamed into place, for this user alone."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        made = Path(scratch) / path.name
+        made.touch(mode=0o600)
+        made.write_bytes(data + hashlib.sha256(path.name.encode() + data).digest())
+        os.replace(made, path)
+
+
+def build(folder: Path, flags: list[str]) -> ctypes.CDLL:
+    """Load the library for `flags` from `folder`, built first where it is missing or not whole; two processes that start
+    together only do the work twice. OSError, CalledProcessError where it fails."""
     source = Path(__file__).with_name("cpu.cpp").read_bytes()
     command = [compiler() or "", *flags]
     key = hashlib.sha256(source + repr((command, cpu_features())).encode()).hexdigest()[:24]
     path = folder / f"cpu-{key}.so"
-    content = path.read_bytes() if path.exists() else b""
-    if len(content) < 32 or hashlib.sha256(content[:-32]).digest() != content[-32:]:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    if read_sealed(path) is None:
+        with tempfile.TemporaryDirectory() as scratch:
             made = Path(scratch) / "cpu.so"
             subprocess.run([*command, "-x", "c++", "-", "-o", made], input=source, check=True, capture_output=True)
-            made.write_bytes(made.read_bytes() + hashlib.sha256(made.read_bytes()).digest())
-            os.replace(made, path)
+            write_sealed(path, made.read_bytes())
     return ctypes.CDLL(str(path))
 
 
@@ -72,8 +81,7 @@ def library() -> ctypes.CDLL | None:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama_cpu_kernels"
         loaded = build(folder, FLAGS)
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        reason = (getattr(error, "stderr", b"") or str(error).encode()).decode(errors="replace").split("\n")[0]
-        print(f"no CPU kernels, so decoding is several times slower: install a C++ compiler ({reason})", file=sys.stderr)
+        print(f"no CPU kernels, so decoding is several times slower: install a C++ compiler ({error})", file=sys.stderr)
         return None
     p, n = ctypes.c_void_p, ctypes.c_long
     loaded.linear.argtypes = [p, n, p, p, p, n, n, n, n, p]
@@ -102,9 +110,7 @@ def few_rows(x: Tensor, *weight: Tensor | None) -> Tensor:
     return y
 
 
-@cache
-def _scratch(dtype: torch.dtype) -> Tensor:
-    return torch.empty(SCRATCH, dtype=dtype)
+_scratch = cache(lambda dtype: torch.empty(SCRATCH, dtype=dtype))  # made once, because fresh memory is slow
 
 
 def many_rows(x: Tensor, *weight: Tensor | None) -> Tensor:

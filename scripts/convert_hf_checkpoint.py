@@ -5,12 +5,7 @@
 Reads safetensors and .bin, whole or sharded, with torch alone; what this program cannot run is refused by name.
 """
 
-import signal
-import warnings
-
-if __name__ == "__main__":  # before torch, whose import takes a second (Ctrl-C) and warns where numpy is missing
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+import launch  # isort: skip  # noqa: F401
 
 import argparse
 import json
@@ -25,7 +20,7 @@ import torch
 from torch import Tensor
 
 from model import ModelArgs
-from quantize import build_model, load, progress, reading, run, write_checkpoint
+from quantize import build_model, progress, reading, run, write_checkpoint
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SUPPORTED = {
@@ -73,11 +68,9 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length if length < size else 0))
+        header = json.loads(file.read(length))
     data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
     header.pop("__metadata__", None)
-    if max(entry["data_offsets"][1] for entry in header.values()) > len(data):
-        raise ValueError("cut short")
     for name, entry in header.items():
         start, end = entry["data_offsets"]
         raw, dtype = data[start:end], DTYPES.get(entry["dtype"], torch.uint8)
@@ -87,12 +80,13 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 def read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
     """All (name, tensor) of the files; mapped, but for .bin in the legacy format, of which one file is in memory at a time."""
-    for path in files:
+    for path in progress(files, "converting file"):
         with reading(path, "cut short, damaged or no file of weights: download it again"):
             if path.suffix == ".safetensors":
                 yield from read_safetensors(path)
             else:
-                yield from ((str(name), tensor) for name, tensor in load(path, mmap=zipfile.is_zipfile(path)).items())
+                content = torch.load(path, mmap=zipfile.is_zipfile(path), weights_only=True, map_location="cpu")
+                yield from ((str(name), tensor) for name, tensor in content.items())
 
 
 def places(args: ModelArgs, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -130,14 +124,12 @@ def convert(folder: Path, precision: str) -> Path:
         wanted = places(args, mapped)
         if tied:
             del wanted["lm_head.weight"]
-        counted = progress(range(len(wanted)), "converting")
         for name, tensor in read_tensors(files):
             if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
                 continue
             place = wanted.pop(name, None)
             if place is None or not isinstance(tensor, Tensor) or place.shape != tensor.shape or not tensor.is_floating_point():
                 raise ValueError(f"{name} in {folder}: twice, or not of the shape and type that config.json asks for")
-            next(counted)
             place.copy_(tensor)
         if wanted:
             raise ValueError(f"{next(iter(wanted))}: missing from the weights in {folder}: download it again")
@@ -147,15 +139,11 @@ def convert(folder: Path, precision: str) -> Path:
     return folder / "model.pth"
 
 
-def build_parser() -> argparse.ArgumentParser:
+def main() -> None:
     parser = argparse.ArgumentParser(description="Convert a Hugging Face Llama checkpoint to model.pth beside it.")
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="directory in Hugging Face layout")
     parser.add_argument("--precision", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights (bfloat16)")
-    return parser
-
-
-def main() -> None:
-    args = build_parser().parse_args()
+    args = parser.parse_args()
     print(f"wrote {convert(args.checkpoint_dir, args.precision)}", file=sys.stderr)
 
 

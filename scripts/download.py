@@ -1,11 +1,6 @@
 """Download what the converter needs of a Hugging Face repository to checkpoints/REPO; an interrupted download resumes."""
 
-import signal
-import warnings
-
-if __name__ == "__main__":  # before torch, whose import takes a second (Ctrl-C) and warns where numpy is missing
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+import launch  # isort: skip  # noqa: F401
 
 import argparse
 import sys

@@ -71,7 +71,7 @@ def grow(checkpoint: Checkpoint, shape: ModelArgs, path: Path, dtype: torch.dtyp
     for name in ("dim", "n_layer", "ffn_dim", "head_dim", "vocab_size"):
         if getattr(shape, name) < getattr(old, name):
             raise ValueError(f"{name} {getattr(shape, name)} is less than the checkpoint's {getattr(old, name)}")
-    if shape.head_dim % old.head_dim or shape.vocab_size != old.vocab_size or checkpoint.quantization:
+    if shape.head_dim % old.head_dim or shape.vocab_size != old.vocab_size or checkpoint.header["quantization"]:
         raise ValueError("head_dim must be a multiple, the vocabulary the same, and the checkpoint not quantized")
     new = replace(shape, norm_eps=old.norm_eps * old.dim / shape.dim, rope_theta=old.rope_theta, rope_scale=old.rope_scale)
     q, kv = head_places(old, new)
@@ -105,7 +105,7 @@ def grow(checkpoint: Checkpoint, shape: ModelArgs, path: Path, dtype: torch.dtyp
                 tensor[: len(weight), : weight.shape[1]] = weight
 
     shapes = build_model(new, None, dtype).state_dict()
-    header = {"config": asdict(new), "quantization": None, "chat": checkpoint.chat}
+    header = {"config": asdict(new), "quantization": None, "chat": checkpoint.header["chat"]}
     header["tokenizer"] = checkpoint.tokenizer.serialized_model_proto()
     write_checkpoint(path, header, {name: torch.empty_like(t, device="cpu") for name, t in shapes.items()}, fill)
 

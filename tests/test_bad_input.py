@@ -263,7 +263,6 @@ PROMPT = {
     "stdin closed": Case(f"{GENERATE} --prompt - <&-", "prompt"),
 }
 MACHINE = {
-    "no CUDA": Case(f"{GENERATE} --device cuda", "CUDA ... --device cpu"),
     "no memory": Case(
         f"ulimit -v 64000000; {GENERATE}", "memory", checkpoint(lambda c: c["config"].update(max_seq_length=10**9))
     ),
@@ -279,7 +278,6 @@ MACHINE = {
 OUTPUT = {  # generation has begun: there may be text on stdout
     "disk full": Case(f"{GENERATE} > /dev/full", "No space left"),
     "reader gone": Case(f"{GENERATE} --num_samples 999 | head -c 1 > $DIR/../text; exit ${{PIPESTATUS[0]}}", "Broken pipe"),
-    "stdout closed": Case(f"{GENERATE} >&-", "stdout"),
 }
 CONFIG_JSON = {
     "no directory": Case(f"{CONVERT}/none", "config.json: no such file ... directory"),
@@ -372,7 +370,7 @@ QUANTIZED_AGAIN = QUANTIZED.replace("model.pth", "model_int8.pth")
 QUANTIZE = {
     "missing": Case(QUANTIZER, "model.pth: no such file ... prepare.sh", remove("model.pth")),
     "cut short": Case(QUANTIZER, DAMAGED, cut("model.pth", lambda size: size / 2)),
-    "quantized already": Case(f"cp -r $DIR $DIR/../q; {QUANTIZED} 2>/dev/null; {QUANTIZED_AGAIN}", "quantized already (int8)"),
+    "quantized already": Case(f"cp -r $DIR $DIR/../q; {QUANTIZED} 2>/dev/null; {QUANTIZED_AGAIN}", "quantized already"),
     "group size": Case(f"{QUANTIZER} --mode int4 --groupsize 256", "256 does not divide ... choose one of"),
     "NaN": Case(QUANTIZER, "NaN", checkpoint(lambda c: c["model"]["norm.weight"].fill_(float("nan")))),
     "text missing": Case(f"{QUANTIZER} --check $DIR/none.txt", "none.txt"),
@@ -397,6 +395,7 @@ USAGE = {
         "--temperature -1", "--temperature nan", "--temperature inf", "--temperature warm", "--top_k 0", "--top_k x",
         "--seed -1", "--seed 2147483648", "--num_samples 0", "--precision int3", "--device tpu", "--prompt", "--no_such_flag",
     )},
+    "no CUDA": Case(f"{GENERATE} --device cuda", "--device: ... 'cuda' (choose from"),
     "no checkpoint named": Case("python generate.py", "--checkpoint_path"),
     "quantize, mode": Case(f"{QUANTIZER} --mode int3", "--mode"),
     "quantize, group size": Case(f"{QUANTIZER} --mode int4 --groupsize 33", "--groupsize"),
@@ -423,6 +422,7 @@ WORKS = {  # says: on stderr
         f"CXX=/no/such/g++ XDG_CACHE_HOME=$DIR/../cache {GENERATE}", "slower ... C++ compiler ... Stopped"
     ),
     "no place for kernels": Case(f"XDG_CACHE_HOME=/dev/null/cache {GENERATE}", "slower ... /dev/null/cache ... Stopped"),
+    "stdout closed": Case(f"{GENERATE} --max_new_tokens 1 >&-", "Stopped"),
     "stderr closed": Case(f"{GENERATE} --max_new_tokens 1 2>&-", ""),
 }
 REFUSED = {

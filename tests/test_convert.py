@@ -100,15 +100,15 @@ def test_loading_maps_the_file(demo) -> None:
 
 def test_chat_template_is_recorded(random_llama) -> None:
     _, folder = random_llama()
-    assert not read_checkpoint(convert(folder, "bfloat16")).chat
+    assert not read_checkpoint(convert(folder, "bfloat16")).header["chat"]
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "[INST] <<SYS>>"}))
-    assert read_checkpoint(convert(folder, "bfloat16")).chat
+    assert read_checkpoint(convert(folder, "bfloat16")).header["chat"]
 
 
 def test_each_conversion_has_an_id_of_its_own(random_llama) -> None:
     _, folder = random_llama()
-    first = read_checkpoint(convert(folder, "bfloat16")).id
-    assert first != read_checkpoint(convert(folder, "bfloat16")).id
+    first = read_checkpoint(convert(folder, "bfloat16")).header["id"]
+    assert first != read_checkpoint(convert(folder, "bfloat16")).header["id"]
 
 
 def test_a_failed_write_leaves_the_old_file(random_llama) -> None:

@@ -244,6 +244,8 @@ STATISTICS = {
     "Load time": r"[\d.]+ s", "Prompt tokens": r"\d+ \(cached \d+ of \d+\)", "Time to first token": r"[\d.]+ s",
     "Prefill": r"[\d.]+ tokens/s", "Decode": r"[\d.]+ tokens/s \(\d+ tokens in [\d.]+ s\)", "Weights read": r"[\d.]+ GB/s",
     "Stopped": r"max_new_tokens 12", "Peak memory": r"[\d.]+ GB \(RSS\)",
+    "Guesses": r"\d+ tried, \d+ accepted \([\d.]+\)", "Tokens per pass": r"[\d.]+ in \d+ passes",
+    "Accepted lengths": r"none|\d+: \d+(, \d+: \d+)*",
 }  # fmt: skip
 
 

@@ -273,7 +273,7 @@ def test_the_command_line_gives_the_same_text_and_says_what_was_accepted(demo: d
         tried, accepted = map(int, re.match(r"(\d+) tried, (\d+) accepted \([\d.]+\)", lines["Guesses"]).groups())
         assert 0 <= accepted <= tried
         assert re.fullmatch(r"[\d.]+ in \d+ passes", lines["Tokens per pass"])
-        lengths = dict(map(int, pair.split(": ")) for pair in lines["Accepted lengths"].split(", ") if pair)
+        lengths = dict(map(int, pair.split(": ")) for pair in lines["Accepted lengths"].split(", ") if pair != "none")
         assert sum(length * count for length, count in lengths.items()) == accepted
 
 

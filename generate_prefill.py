@@ -1,0 +1,154 @@
+"""Generate from prompts that begin alike: a shared prefix is computed once, in this run and in the next.
+
+    python generate_prefill.py --compile --checkpoint_path checkpoints/$MODEL_REPO/model.pth
+
+It owns the files in which keys and values outlive a process; all else is generate.py's.
+"""
+
+import launch  # isort: skip  # noqa: F401
+
+import ctypes
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from generate import Engine, answer_all, between, build_parser, open_session, read_prompt
+from kernels import cpu
+from quantize import Checkpoint, run, utf8
+
+BLOCK = 16  # tokens whose keys and values are one file
+CONTEXT = "Square numbers: " + ", ".join(f"{n} * {n} = {n * n}" for n in range(1, 41))
+PROMPTS = ["12 * 12 =", "41 * 41 ="]
+
+
+class Store:
+    """Files in a folder, at most `budget` bytes, of which the least recently used go first. Several processes may share it.
+
+    What is damaged, cut short or renamed is not used. The files hold what users typed, so nobody else may read them. Trouble
+    is told once, in one line on stderr.
+    """
+
+    def __init__(self, folder: Path, budget: int) -> None:
+        self.folder, self.budget, self.room, self.told = folder, budget, 0, False
+        if not folder.exists():
+            print(f"prefixes are stored in {folder}: --cache_gb limits it, --no_cache does without", file=sys.stderr)
+
+    @contextmanager
+    def trouble_told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self.told:
+                print(f"the prefix cache cannot be used as it should: {error}", file=sys.stderr)
+            self.told = True
+
+    def read(self, name: str) -> bytes | None:
+        """The content of a file; None where it is not there. OSError where it is not what was written."""
+        content = cpu.read_sealed(self.folder / name)
+        if content is None and (self.folder / name).exists():
+            raise OSError(f"{self.folder / name} is damaged")
+        return content
+
+    def write(self, name: str, age: int, parts: list[Tensor]) -> None:
+        """Mark a file as used, stored before where it is not there; one of a greater `age` (nanoseconds) goes before others."""
+        path, now = self.folder / name, time.time_ns() - age
+        if cpu.read_sealed(path) is None:
+            content = torch.stack(parts).flatten().cpu().view(torch.uint8)
+            if self.room < len(content):
+                self.room = self.make_room(len(content))
+            self.room -= len(content)
+            cpu.write_sealed(path, ctypes.string_at(content.data_ptr(), len(content)))
+        os.utime(path, ns=(now, now))
+
+    def make_room(self, size: int) -> int:
+        """Delete until `size` bytes fit; the bytes that may be written before it is looked again: a sixteenth of what is free,
+        so that as many processes do not exceed the budget together."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        files = sorted((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path) for entry in os.scandir(self.folder))
+        total = sum(length for _, length, _ in files) + size
+        for _, length, path in files:
+            if total > self.budget:
+                Path(path).unlink(missing_ok=True)
+                total -= length
+        return max(size, (self.budget - total) // 16)
+
+
+@dataclass
+class CachedEngine(Engine):
+    """An engine that finds in a store what ran before, and leaves there what ran.
+
+    A block's name is the hash of the name before it and of its own tokens, from the model's identity on. So the longest
+    common prefix is a walk along the names until a file is missing, and prompts that branch share their trunk.
+    """
+
+    store: Store | None = None
+    root: str = ""
+
+    def blocks(self, ids: list[int]) -> Iterator[tuple[int, str, list[Tensor]]]:
+        """For each whole block of `ids`: where it begins, its name, and its keys and values [n_kv_head, BLOCK, head_dim]."""
+        name = self.root
+        for start in range(0, len(ids) - BLOCK + 1, BLOCK):
+            name = hashlib.sha256(f"{name} {ids[start : start + BLOCK]}".encode()).hexdigest()
+            yield start, name, [half[0, :, start : start + BLOCK] for layer in self.cache for half in (layer.k, layer.v)]
+
+    @torch.inference_mode()
+    def rewind(self, ids: list[int]) -> None:
+        """Also take from the store what goes on. Not on CUDA: there it takes longer to read a prefix than to compute it."""
+        super().rewind(ids)
+        if self.store and len(ids) - len(self.ids) > BLOCK and self.cache[0].k.device.type == "cpu":
+            with self.store.trouble_told():
+                for start, name, parts in self.blocks(ids[:-1]):
+                    if start + BLOCK > len(self.ids):
+                        content = self.store.read(name)
+                        if content is None:
+                            break
+                        stored = torch.frombuffer(bytearray(content), dtype=parts[0].dtype).view(len(parts), *parts[0].shape)
+                        torch._foreach_copy_(parts, stored.unbind())
+                        self.ids[start:] = ids[start : start + BLOCK]
+
+    @torch.inference_mode()
+    def keep(self, ids: list[int]) -> None:
+        """Store those blocks of `ids` that are in the cache, and mark them as used, the first of them as the last."""
+        super().rewind(ids)
+        if self.store:
+            with self.store.trouble_told():
+                for start, name, parts in self.blocks(self.ids):
+                    self.store.write(name, start, parts)
+
+
+def main() -> None:
+    parser = build_parser()
+    add = parser.add_argument
+    add("--context", default=CONTEXT, help='what all prompts begin with: a text, "@FILE", or "-" for standard input')
+    add("--prompt", action="append", help="what follows the context; may be given several times")
+    add("--cache_dir", type=Path, help="where prefixes are stored (a folder beside the checkpoint)")
+    add("--cache_gb", type=between(0.001, kind=float), default=4.0, help="how much; the least recently used goes first (4)")
+    add("--no_cache", action="store_true", help="neither use nor store prefixes")
+    args = parser.parse_args()
+    file = args.context.startswith("@")
+    context = utf8(Path(args.context[1:]).read_bytes(), args.context[1:]) if file else read_prompt(args.context)
+    folder = args.cache_dir or args.checkpoint_path.parent / "prefixes"
+    store = None if args.no_cache else Store(folder, int(args.cache_gb * 1e9))
+    texts = [f"{context}\n{read_prompt(prompt)}" for prompt in args.prompt or PROMPTS]
+
+    def make_engine(checkpoint: Checkpoint, *parts: nn.Module) -> CachedEngine:
+        identity = (checkpoint.header["id"], checkpoint.args, checkpoint.header["quantization"], args.precision)
+        return CachedEngine(*parts, store=store, root=repr(identity))
+
+    session = open_session(args, make_engine)
+    rows = answer_all(session, [session.encode(text) for text in texts])
+    print(f"{'answer':>6}{'cached':>8}{'computed':>10}{'first token':>13}{'speed-up':>10}", file=sys.stderr)
+    for i, (cached, computed, first) in enumerate(rows, 1):
+        print(f"{i:6}{cached:8}{computed:10}{first:11.3f} s{rows[0][2] / first:9.1f}x", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)

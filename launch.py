@@ -1,0 +1,13 @@
+"""Imported first by every script: what has to be settled before torch, whose import takes a second, is imported.
+
+Until quantize.run takes over, Ctrl-C ends the process without a traceback; torch does not warn where numpy is missing.
+"""
+
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+if Path(sys.argv[0]).resolve().parent in (Path(__file__).parent, Path(__file__).parent / "scripts"):  # not in other programs
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
