@@ -199,13 +199,13 @@ class Speculation:
 def generate(
     engine: Engine, prompt: list[int], max_new_tokens: int, eos_id: int | None, sampling: Sampling, speculation: Speculation
 ) -> Generator[int, None, str]:
-    """Yield the tokens that follow `prompt`, the whole sequence so far, and return why they ended.
+    """Yield the tokens that follow `prompt`, of which the engine may hold a beginning (Engine.rewind); return why they ended.
 
     Each is the model's own sample given all before it, guessed or not. They end with the token `eos_id` (which is not
     yielded; None: never), `max_new_tokens`, or the end of the context.
     """
     ids, limit = list(prompt), engine.model.args.max_seq_length
-    engine.rewind(prompt)
+    assert engine.ids == prompt[: len(engine.ids)] and len(engine.ids) < len(prompt), "Engine.rewind comes first"
     tokens = engine.extend(prompt, sampling).tolist()
     speculation.guess(prompt, 1, sampling)  # a draft reads the prompt now, or that would be taken for the cost of a guess
     while True:

@@ -46,9 +46,9 @@ class Store:
         try:
             yield
         except OSError as error:
-            if not self.told:
+            if not self.told and not isinstance(error, FileNotFoundError):  # that is another process, which needed room
                 print(f"the prefix cache cannot be used as it should: {error}", file=sys.stderr)
-            self.told = True
+                self.told = True
 
     def read(self, name: str) -> bytes | None:
         """The content of a file; None where it is not there. OSError where it is not what was written."""

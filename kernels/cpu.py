@@ -52,11 +52,13 @@ def read_sealed(path: Path) -> bytes | None:
 def write_sealed(path: Path, data: bytes) -> None:
     """Write a file that ends with the SHA-256 of its name and of the rest, renamed into place, for this user alone."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        made = Path(scratch) / path.name
-        made.touch(mode=0o600)
-        made.write_bytes(data + hashlib.sha256(path.name.encode() + data).digest())
-        os.replace(made, path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        temporary.touch(mode=0o600)
+        temporary.write_bytes(data + hashlib.sha256(path.name.encode() + data).digest())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def build(folder: Path, flags: list[str]) -> ctypes.CDLL:

@@ -74,6 +74,7 @@ def generated(
     speculation: Speculation | None = None,
 ) -> list[int]:  # fmt: skip
     """The ids that `generate` yields; without `speculation` by plain decoding."""
+    engine.rewind(prompt)
     return list(generate(engine, prompt, count, eos_id, sampling, speculation or plain()))
 
 

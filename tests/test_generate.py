@@ -181,8 +181,10 @@ def test_what_the_cache_holds_does_not_run_again(target) -> None:
         target.tok_embeddings._forward_hooks.clear()
 
 
-def reason(iterator) -> tuple[list[int], str]:
-    ids = []
+def reason(engine, prompt: list[int], *rest) -> tuple[list[int], str]:
+    """What `generate` yields by plain decoding, and why it stops."""
+    engine.rewind(prompt)
+    iterator, ids = generate(engine, prompt, *rest, plain()), []
     while True:
         try:
             ids.append(next(iterator))
@@ -192,20 +194,20 @@ def reason(iterator) -> tuple[list[int], str]:
 
 def test_it_says_why_it_stopped(target) -> None:
     engine, greedy = new_engine(target), make_sampling()
-    ids, why = reason(generate(engine, PROMPT, 30, None, greedy, plain()))
+    ids, why = reason(engine, PROMPT, 30, None, greedy)
     assert (len(ids), why) == (30, "max_new_tokens 30")
-    cut, why = reason(generate(engine, PROMPT, 30, ids[12], greedy, plain()))
+    cut, why = reason(engine, PROMPT, 30, ids[12], greedy)
     assert (cut, why) == (ids[: ids.index(ids[12])], "end of sequence")
-    assert reason(generate(engine, PROMPT, 1, None, greedy, plain()))[0] == ids[:1]
+    assert reason(engine, PROMPT, 1, None, greedy)[0] == ids[:1]
 
 
 def test_the_context_is_used_to_its_last_position(target) -> None:
     """A prompt of 1,020 in a context of 1,024 has room for 4 more tokens, and the one that follows them."""
     long = (PROMPT * 400)[:1020]
-    ids, why = reason(generate(new_engine(target), long, 100, None, make_sampling(), plain()))
+    ids, why = reason(new_engine(target), long, 100, None, make_sampling())
     assert len(ids) == 5
     assert why == "context of 1024 tokens is full"
-    assert reason(generate(new_engine(target), long + ids[:4], 100, None, make_sampling(), plain()))[0] == ids[4:]
+    assert reason(new_engine(target), long + ids[:4], 100, None, make_sampling())[0] == ids[4:]
 
 
 GOLDEN = json.loads((Path(__file__).parent / "demo" / "golden.json").read_text())
