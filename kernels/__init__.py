@@ -33,7 +33,8 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, minimum: Tens
 
 def _linear_cpu(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None) -> Tensor:
     if cpu.suits(x, weight):
-        if x.dtype == torch.bfloat16 and x.numel() <= cpu.MAX_ROWS * x.shape[-1]:
+        few = cpu.MAX_ROWS if scale is None else 4 * cpu.MAX_ROWS  # so many are verified, or faster than to dequantize
+        if x.dtype == torch.bfloat16 and x.numel() <= few * x.shape[-1]:
             return cpu.few_rows(x, weight, scale, minimum)
         if scale is not None:
             return cpu.many_rows(x, weight, scale, minimum)
@@ -42,8 +43,7 @@ def _linear_cpu(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor
 
 def _attention(qkv: Tensor, rope: Tensor, input_pos: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
     batch, rows, _ = qkv.shape
-    few = batch == 1 and rows <= cpu.MAX_ROWS and qkv.dtype == torch.bfloat16
-    if qkv.device.type == "cpu" and few and cpu.library() is not None:
+    if batch == 1 and rows <= cpu.MAX_ROWS and qkv.dtype == torch.bfloat16 and qkv.is_cpu and cpu.library() is not None:
         return cpu.attention(qkv, rope, input_pos, k_cache, v_cache)
     n_kv_head, head_dim = k_cache.shape[1], k_cache.shape[3]
     heads = qkv.view(batch, rows, -1, head_dim).transpose(1, 2)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-w"]
-MAX_ROWS = 16  # beyond, a library product on dequantized weights is faster
+MAX_ROWS = 16  # beyond, a library product is faster
 SCRATCH = 2**22  # weights that are dequantized at a time
 BITS = {torch.bfloat16: 16, torch.int8: 8, torch.uint8: 4}
 
