@@ -1,0 +1,561 @@
+"""Measures this project beside its peers, in turn in one run, as shares of what the memory allows.
+
+    python -m tests.benchmark --shapes 1.1b --rounds 5 --out results       # JSON, a table, a figure
+    python -m tests.benchmark --quick                                      # the demo checkpoint, under two minutes
+
+Every program lives in a process of its own and is asked in turn; between two, read bandwidth is measured again. Weights are
+random. Peers are measured where they are installed: pip install llama-cpp-python gguf, transformers; the figure needs
+matplotlib. Decoding a token reads all weights but the embedding table once, and the keys and values so far: that over read
+bandwidth is the floor, and floor over time the share of memory speed.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from generate import Engine, Sampling, Speculation, generate, prompt_lookup
+from kernels import cpu
+from model import ModelArgs
+from quantize import build_model, load_model, quantize, read_checkpoint, run, write_checkpoint
+from tests.grow import SHAPES, shape_args
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "tests" / "demo" / "target"
+OURS = {  # label -> quantization
+    "bf16": None, "int8": {"mode": "int8"}, "int4 g32": {"mode": "int4", "groupsize": 32},
+    "int4 g64": {"mode": "int4", "groupsize": 64}, "int4 g128": {"mode": "int4", "groupsize": 128},
+}  # fmt: skip
+LLAMA_CPP = ("F16", "Q8_0", "Q4_1", "Q4_0")
+BITS = {  # what is compared with what: the same number of bits per weight, or nearly
+    "16 bits": ("bf16", "llama.cpp F16", "transformers bf16"), "8 bits": ("int8", "llama.cpp Q8_0"),
+    "5 bits": ("int4 g32", "llama.cpp Q4_1"), "4.5 bits": ("int4 g64", "llama.cpp Q4_0"),
+}  # fmt: skip
+WITHOUT = ("products", "attention", "prefetch")  # mechanisms that a worker can switch off
+
+
+# ---- Arithmetic
+
+
+def kv_bytes(args: ModelArgs, positions: float, itemsize: int = 2) -> float:
+    """Bytes of the keys and values of so many positions."""
+    return 2 * args.n_layer * args.n_kv_head * args.head_dim * itemsize * positions
+
+
+def bytes_per_token(weights: int, args: ModelArgs, prompt: int, tokens: int) -> float:
+    """Bytes that decoding one token reads, on average over `tokens` after `prompt`: weights, and the cache half-way."""
+    return weights + kv_bytes(args, prompt + tokens / 2)
+
+
+def share(tokens_per_second: float, bytes_per_token: float, bandwidth: float) -> float:
+    """Of memory speed: `bandwidth` in GB/s."""
+    return tokens_per_second * bytes_per_token / (bandwidth * 1e9)
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, least and largest."""
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+# ---- What is measured: files
+
+
+def random_checkpoint(args: ModelArgs, folder: Path, quantization: dict | None) -> Path:
+    """A checkpoint with random weights of that shape, made once."""
+    path = folder / "model.pth"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        shapes, pool = build_model(args, None, torch.bfloat16).state_dict(), (torch.randn(2**22) * 0.02).bfloat16()
+
+        def fill(mapped: dict[str, torch.Tensor]) -> None:
+            for name, tensor in mapped.items():
+                flat = tensor.view(-1)
+                for start in range(0, len(flat), len(pool)):
+                    flat[start : start + len(pool)] = 1 if "norm" in name else pool[: len(flat) - start]
+
+        header = {"config": asdict(args), "quantization": None, "chat": False}
+        header["tokenizer"] = (DEMO / "tokenizer.model").read_bytes()
+        write_checkpoint(path, header, {name: torch.empty_like(t, device="cpu") for name, t in shapes.items()}, fill)
+    if quantization is None:
+        return path
+    quantized = folder / f"model_{'_'.join(map(str, quantization.values()))}.pth"
+    if not quantized.exists():
+        quantize(read_checkpoint(path), quantization, "cpu", quantized)
+    return quantized
+
+
+def random_gguf(args: ModelArgs, folder: Path, kind: str) -> Path:
+    """The same shape for llama.cpp: F16 with random weights, the others quantized from it by llama.cpp."""
+    import gguf  # noqa: PLC0415
+    import llama_cpp  # noqa: PLC0415
+    import numpy as np  # noqa: PLC0415
+
+    f16, path = folder / "F16.gguf", folder / f"{kind}.gguf"
+    if not f16.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        pool, writer = (
+            (np.random.default_rng(0).standard_normal(2**22) * 0.02).astype(np.float16),
+            gguf.GGUFWriter(f16, "llama"),
+        )
+        for name, value in {
+            "context_length": args.max_seq_length, "embedding_length": args.dim, "block_count": args.n_layer,
+            "feed_forward_length": args.ffn_dim, "head_count": args.n_head, "head_count_kv": args.n_kv_head,
+            "layer_norm_rms_eps": args.norm_eps, "rope_dimension_count": args.head_dim, "vocab_size": args.vocab_size,
+            "file_type": 1,
+        }.items():  # fmt: skip
+            getattr(writer, f"add_{name}")(value)
+        pieces = [b"<unk>", b"<s>", b"</s>", *(b"<0x%02X>" % i for i in range(256))]
+        pieces += [b"piece%d" % i for i in range(args.vocab_size - len(pieces))]
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(pieces)
+        writer.add_token_scores([0.0] * args.vocab_size)
+        writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * (args.vocab_size - 259))
+        kv = args.n_kv_head * args.head_dim
+        layer = {
+            "attn_q": (args.n_head * args.head_dim, args.dim), "attn_k": (kv, args.dim), "attn_v": (kv, args.dim),
+            "attn_output": (args.dim, args.n_head * args.head_dim), "ffn_gate": (args.ffn_dim, args.dim),
+            "ffn_up": (args.ffn_dim, args.dim), "ffn_down": (args.dim, args.ffn_dim), "attn_norm": (args.dim,),
+            "ffn_norm": (args.dim,),
+        }  # fmt: skip
+        sizes = {"token_embd": (args.vocab_size, args.dim), "output": (args.vocab_size, args.dim), "output_norm": (args.dim,)}
+        sizes |= {f"blk.{i}.{name}": size for i in range(args.n_layer) for name, size in layer.items()}
+        for name, size in sizes.items():
+            plain = np.ones(size, np.float32) if len(size) == 1 else np.resize(pool, size)
+            writer.add_tensor(f"{name}.weight", plain)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    if not path.exists():
+        options = llama_cpp.llama_model_quantize_default_params()
+        options.nthread, options.ftype = cpu.cores(), getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+        llama_cpp.llama_model_quantize(str(f16).encode(), str(path).encode(), options)
+    return path
+
+
+# ---- What is measured: programs. Each function loads, says what it has, and returns: (prompt, tokens) -> seconds of each.
+
+
+def random_ids(count: int, vocab_size: int) -> list[int]:
+    draw = random.Random(0)
+    return [1, *(draw.randrange(300, min(vocab_size, 2000)) for _ in range(count - 1))]
+
+
+def memory() -> dict[str, float]:
+    """GB that this process holds: anonymous and mapped from files."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: int(lines[key].split()[0]) / 1e6 for name, key in (("anonymous", "RssAnon"), ("mapped", "RssFile"))}
+
+
+def switch_off(mechanism: str) -> None:
+    """Replace one of WITHOUT by what PyTorch does, or by nothing."""
+    if mechanism == "products":
+        cpu.suits = lambda x, weight: False
+    elif mechanism == "attention":
+        library = cpu.library
+        cpu.library = lambda: None if sys._getframe(1).f_code.co_name == "_attention" else library()
+    elif mechanism == "prefetch":
+        folder = Path(tempfile.mkdtemp())
+        source = Path(cpu.__file__).with_name("cpu.cpp").read_text()
+        (folder / "cpu.cpp").write_text(source.replace("AHEAD = 8192", "AHEAD = 0"))
+        cpu.__file__ = str(folder / "cpu.py")
+
+
+def ours(path: Path, device: str, compiled: bool, without: str) -> tuple[dict, Callable]:
+    switch_off(without)
+    torch.set_num_threads(cpu.cores())
+    checkpoint = read_checkpoint(path)
+    model = load_model(checkpoint, device, torch.bfloat16)
+    engine = Engine(model, model.make_cache(checkpoint.args.max_seq_length))
+    sampling = Sampling(torch.tensor(1, dtype=torch.int32, device=device), torch.tensor(0.8, device=device), None)
+    start = time.perf_counter()
+    if compiled:
+        engine.compile(["decode", "verify"], sampling)
+    weights = sum(t.nbytes for name, t in model.state_dict().items() if name != "tok_embeddings.weight")
+    says = {"weights": weights, "args": asdict(checkpoint.args), "compile": time.perf_counter() - start}
+
+    def answer(prompt: int, tokens: int) -> dict:
+        engine.ids.clear()
+        ids = random_ids(prompt, checkpoint.args.vocab_size)
+        start = time.perf_counter()
+        stream = generate(engine, ids, tokens, None, sampling, Speculation(prompt_lookup, 0))
+        next(stream)
+        first = time.perf_counter()
+        made = sum(1 for _ in stream)
+        return {"prefill": first - start, "decode": (time.perf_counter() - first) / max(made, 1), **memory()}
+
+    def rows(count: int, repeats: int = 7) -> float:
+        """Seconds of a pass that verifies so many rows, behind 128."""
+        seconds = []
+        for _ in range(repeats):
+            del engine.ids[128:]
+            start = time.perf_counter()
+            engine.run([5] * count, sampling, verify=True).tolist()
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds)
+
+    def chain(prompt: int) -> float:
+        """Seconds of the prompt's products alone, as F.linear in bfloat16: what is the least that a prompt takes."""
+        xs: dict[int, torch.Tensor] = {}
+        linears = [m for n, m in model.named_modules() if hasattr(m, "minimum") and n != "output"]
+        start = time.perf_counter()
+        with torch.inference_mode():
+            for m in linears:
+                x = xs.setdefault(m.weight.shape[1], torch.randn(1, prompt, m.weight.shape[1]).bfloat16())
+                torch.nn.functional.linear(x, m.weight)
+        return time.perf_counter() - start
+
+    def ask(what: str, *numbers: int) -> object:
+        return {"answer": answer, "rows": rows, "chain": chain}[what](*numbers)
+
+    return says, ask
+
+
+def llama_cpp(path: Path) -> tuple[dict, Callable]:
+    import llama_cpp as library  # noqa: PLC0415
+
+    model = library.Llama(str(path), n_ctx=1024, n_threads=cpu.cores(), n_threads_batch=cpu.cores(), verbose=False)
+
+    def ask(what: str, prompt: int, tokens: int) -> dict:
+        model.reset()
+        start = time.perf_counter()
+        model.eval(random_ids(prompt, 32000))
+        first = time.perf_counter()
+        for i in range(tokens - 1):
+            model.eval([300 + i])
+        return {"prefill": first - start, "decode": (time.perf_counter() - first) / max(tokens - 1, 1), **memory()}
+
+    return {"weights": path.stat().st_size}, ask
+
+
+def transformers(args: ModelArgs, device: str) -> tuple[dict, Callable]:
+    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
+
+    torch.set_num_threads(cpu.cores())
+    config = LlamaConfig(
+        vocab_size=args.vocab_size, hidden_size=args.dim, intermediate_size=args.ffn_dim, num_hidden_layers=args.n_layer,
+        num_attention_heads=args.n_head, num_key_value_heads=args.n_kv_head, max_position_embeddings=args.max_seq_length,
+        dtype="bfloat16",
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = model.to_empty(device=device).eval()
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.fill_(0.01)
+    weights = sum(t.nbytes for name, t in model.named_parameters() if "embed_tokens" not in name)
+
+    @torch.inference_mode()
+    def ask(what: str, prompt: int, tokens: int) -> dict:
+        start = time.perf_counter()
+        result = model(torch.tensor([random_ids(prompt, args.vocab_size)], device=device), use_cache=True, logits_to_keep=1)
+        token = result.logits[:, -1:].argmax(-1)
+        token.tolist()
+        first = time.perf_counter()
+        for _ in range(tokens - 1):
+            result = model(token, past_key_values=result.past_key_values, use_cache=True)
+            token = result.logits[:, -1:].argmax(-1)
+            token.tolist()
+        return {"prefill": first - start, "decode": (time.perf_counter() - first) / max(tokens - 1, 1), **memory()}
+
+    return {"weights": weights}, ask
+
+
+def serve(program: str, options: dict) -> None:
+    """The worker: answers each line of standard input, a JSON list, with a line of JSON."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    if program == "ours":
+        says, ask = ours(Path(options["path"]), options["device"], options["compiled"], options["without"])
+    elif program == "llama.cpp":
+        says, ask = llama_cpp(Path(options["path"]))
+    else:
+        says, ask = transformers(ModelArgs(**options["args"]), options["device"])
+    print(json.dumps(says), file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(ask(*json.loads(line))), file=answers, flush=True)
+
+
+class Worker:
+    def __init__(self, program: str, **options: object) -> None:
+        command = [sys.executable, "-m", "tests.benchmark", "--worker", program, json.dumps(options)]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self.says = self.answer()
+
+    def answer(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a worker ended: {' '.join(self.process.args)}")
+        return json.loads(line)
+
+    def ask(self, *question: object) -> dict:
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def bandwidth(device: str) -> float:
+    """GB/s at which the device's memory is read."""
+    if device == "cuda":
+        data = torch.zeros(2**28, device="cuda")
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        data.sum()
+        events[0].record()
+        data.sum()
+        events[1].record()
+        torch.cuda.synchronize()
+        return data.nbytes / events[0].elapsed_time(events[1]) / 1e6
+    program = Path(tempfile.gettempdir()) / f"read_bandwidth-{os.getuid()}"
+    source = Path(__file__).with_name("read_bandwidth.cpp")
+    if cpu.compiler() is None:
+        data = torch.zeros(2**27, dtype=torch.int64)
+        start = time.perf_counter()
+        data.sum()
+        return data.nbytes / (time.perf_counter() - start) / 1e9
+    if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
+        subprocess.run([cpu.compiler(), "-O3", "-march=native", "-fopenmp", source, "-o", program], check=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(cpu.cores())}
+    return statistics.median(map(float, subprocess.check_output([program, "3"], env=environment, text=True).split()))
+
+
+# ---- The run
+
+
+def start_up(path: Path, device: str) -> dict[str, float]:
+    """Seconds from the shell to the first byte of text, 16 tokens of prompt: not compiled, compiled cold, compiled warm."""
+    seconds = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, flags in (("not compiled", []), ("compiled, cold", ["--compile"]), ("compiled, warm", ["--compile"])):
+            command = [sys.executable, "generate.py", "--checkpoint_path", path, "--device", device, "--ignore_eos", *flags]
+            command += ["--prompt", "a b c d e f g h i j k l m n o", "--max_new_tokens", "20"]
+            environment, start = os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder}, time.perf_counter()
+            with subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            ) as process:
+                process.stdout.read(1)
+                seconds[name] = time.perf_counter() - start
+                process.stdout.read()
+    return seconds
+
+
+def installed(*modules: str) -> bool:
+    return all(importlib.util.find_spec(module) for module in modules)
+
+
+def tell(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def workers_of(shape: str, args: ModelArgs, folder: Path, options: argparse.Namespace) -> dict[str, Worker]:
+    """The programs that are there and fit into half of the memory together, each with its model loaded."""
+    budget = 0.6 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    parameters = sum(t.numel() for t in build_model(args, None, torch.bfloat16).state_dict().values())
+    size = {"bf16": 2, "int8": 1, "llama.cpp F16": 2, "llama.cpp Q8_0": 1.1, "transformers bf16": 2}
+    made, used = {}, 0.0
+
+    def add(label: str, program: str, make: Callable[[], dict]) -> None:
+        nonlocal used
+        need = size.get(label, 0.65) * parameters
+        if used + need > budget:
+            tell(f"{shape}: no memory for {label}")
+            return
+        used += need
+        made[label] = Worker(program, **make())
+        tell(f"{shape}: loaded {label}")
+
+    def checkpoint(quantization: dict | None) -> dict:
+        path = folder / "demo" / "model.pth" if shape == "demo" else None
+        path = path or random_checkpoint(args, folder / shape, quantization)
+        return {"path": str(path), "device": options.device, "compiled": True, "without": ""}
+
+    names = ["int4 g32", "int4 g64", "int4 g128", "int8", "bf16"]
+    for label in names if shape != "demo" else ["bf16"]:
+        add(label, "ours", lambda label=label: checkpoint(OURS[label]))
+    if shape != "demo" and options.device == "cpu" and installed("llama_cpp", "gguf"):
+        for kind in reversed(LLAMA_CPP):
+            add(f"llama.cpp {kind}", "llama.cpp", lambda kind=kind: {"path": str(random_gguf(args, folder / shape, kind))})
+    if shape != "demo" and installed("transformers"):
+        add("transformers bf16", "transformers", lambda: {"args": asdict(args), "device": options.device})
+    return made
+
+
+def measure(shape: str, args: ModelArgs, folder: Path, options: argparse.Namespace) -> dict:
+    """All programs on one shape, in turn."""
+    workers, results, bandwidths = workers_of(shape, args, folder, options), {}, []
+    prompt, tokens = options.prompt, options.tokens
+    for worker in workers.values():
+        worker.ask("answer", prompt, 3)  # touches the weights
+    for round in range(options.rounds):
+        for label, worker in workers.items():
+            bandwidths.append(bandwidth(options.device))
+            for key, value in worker.ask("answer", prompt, tokens).items():
+                results.setdefault(label, {}).setdefault(key, []).append(value)
+            if label in OURS:
+                for count in (1, 2, 4, 8, 16):
+                    results[label].setdefault(f"rows {count}", []).append(worker.ask("rows", count))
+            if label == "bf16":
+                results[label].setdefault("chain", []).append(worker.ask("chain", prompt))
+        tell(f"{shape}: round {round + 1} of {options.rounds}, read bandwidth {bandwidths[-1]:.1f} GB/s")
+    says = {label: worker.says for label, worker in workers.items()}
+    for worker in workers.values():
+        worker.close()
+    table = {}
+    for label, values in results.items():
+        per_token = bytes_per_token(says[label]["weights"], args, prompt, tokens)
+        speeds = [1 / seconds for seconds in values["decode"]]
+        table[label] = {
+            "decode": spread(speeds), "prefill": spread([prompt / seconds for seconds in values["prefill"]]),
+            "time to first token": spread(values["prefill"]), "bytes per token": per_token,
+            "share": share(statistics.median(speeds), per_token, statistics.median(bandwidths)),
+            "anonymous GB": max(values["anonymous"]), "mapped GB": max(values["mapped"]), "compile": says[label].get("compile"),
+            "rows over one": {
+                n: statistics.median(values[f"rows {n}"]) / statistics.median(values["rows 1"]) for n in (2, 4, 8, 16)
+            } if "rows 1" in values else None,
+            "linear chain": spread([prompt / seconds for seconds in values["chain"]]) if "chain" in values else None,
+        }  # fmt: skip
+    return {"shape": shape, "read bandwidth": spread(bandwidths), "programs": table}
+
+
+def ablation(args: ModelArgs, folder: Path, shape: str, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Decoding speed in bf16 and int4 with each mechanism switched off in turn, over that with all: medians of the rounds."""
+    ratios: dict[str, dict[str, float]] = {}
+    for label in ("bf16", "int4 g32"):
+        path = str(random_checkpoint(args, folder / shape, OURS[label]))
+        base = {"path": path, "device": options.device, "compiled": True, "without": ""}
+        changes = {"all": {}, "no compiling": {"compiled": False}, **{f"no {name}": {"without": name} for name in WITHOUT}}
+        workers, speeds = {name: Worker("ours", **base | change) for name, change in changes.items()}, {}
+        for round in range(min(options.rounds, 3) + 1):
+            for name, worker in workers.items():
+                seconds = worker.ask("answer", options.prompt, 8)["decode"]  # int4 by PyTorch takes seconds a token
+                if round:  # the first touches the weights
+                    speeds.setdefault(name, []).append(1 / seconds)
+        for worker in workers.values():
+            worker.close()
+        for name, values in speeds.items():
+            ratio = statistics.median(a / b for a, b in zip(values, speeds["all"], strict=True))
+            ratios.setdefault(name, {})[label] = ratio
+        tell(f"{shape}: {label} without one mechanism each: {', '.join(f'{n} {v[label]:.2f}' for n, v in ratios.items())}")
+    return ratios
+
+
+# ---- What is written
+
+
+def markdown(results: list[dict]) -> str:
+    """The table for the README."""
+    lines = [
+        "| shape | program | decode, tokens/s (range) | of memory speed | prefill, tokens/s | rows 2 / 4 / 8 / 16 over 1 |"
+    ]
+    lines.append("|---|---|---|---|---|---|")
+    for result in results:
+        for label, row in result["programs"].items():
+            decode, rows = row["decode"], row["rows over one"]
+            cells = [
+                result["shape"], label if " " in label and label not in OURS else f"**{label}**",
+                f"{decode['median']:.1f} ({decode['low']:.1f} to {decode['high']:.1f})", f"{row['share']:.2f}",
+                f"{row['prefill']['median']:.0f}", " / ".join(f"{value:.2f}" for value in rows.values()) if rows else "",
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+        band = result["read bandwidth"]
+        lines.append(f"| | read bandwidth, GB/s | {band['median']:.1f} ({band['low']:.1f} to {band['high']:.1f}) | | | |")
+    return "\n".join(lines)
+
+
+def figure(results: list[dict], path: Path) -> None:
+    """Bars: share of memory speed, by bits per weight, ours beside the peers; a panel for each shape."""
+    import matplotlib  # noqa: PLC0415
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot  # noqa: PLC0415
+
+    figure, axes = pyplot.subplots(1, len(results), figsize=(4.2 * len(results), 3.4), sharey=True, squeeze=False)
+    colors = {"ours": "#d1495b", "llama.cpp": "#8d99ae", "transformers": "#c9cfd8"}
+    for axis, result in zip(axes[0], results, strict=True):
+        ticks = []
+        for at, (bits, labels) in enumerate(BITS.items()):
+            present = [label for label in labels if label in result["programs"]]
+            for i, label in enumerate(present):
+                program = "ours" if label in OURS else label.split()[0]
+                value, x = result["programs"][label]["share"], at + (i - (len(present) - 1) / 2) * 0.27
+                axis.bar(x, value, 0.25, color=colors[program], label=program)
+                axis.text(x, value + 0.015, f"{value:.2f}", ha="center", fontsize=7.5, color="#333333")
+            ticks.append(bits if present else "")
+        axis.set_xticks(range(len(BITS)), ticks, fontsize=9)
+        axis.set_title(result["shape"], fontsize=11, loc="left")
+        axis.axhline(1, color="#333333", linewidth=0.8, linestyle=":")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("share of memory speed")
+    axes[0][0].set_ylim(0, 1.12)
+    handles = {}
+    for axis in axes[0]:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(handles.values(), handles, loc="upper right", ncols=3, frameon=False, fontsize=9)
+    figure.suptitle("Decoding one token at a time: 1 is reading every weight once", fontsize=11, x=0.01, ha="left")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--worker"]:
+        serve(sys.argv[2], json.loads(sys.argv[3]))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["68m", "160m", "1.1b", "7b"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of the answer")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "llama-benchmark", help="for model files")
+    parser.add_argument("--out", type=Path, default=Path("benchmark"), help="folder for results.json, table.md, shares.png")
+    parser.add_argument("--quick", action="store_true", help="the demo checkpoint alone, two rounds")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.quick:
+        options.rounds, options.tokens, demo = 2, 32, options.work / "demo"
+        demo.mkdir(parents=True, exist_ok=True)
+        for file in DEMO.iterdir():
+            (demo / file.name).write_bytes(file.read_bytes())
+        command = [sys.executable, "-m", "scripts.convert_hf_checkpoint", "--checkpoint_dir", str(demo)]
+        subprocess.run(command, cwd=ROOT, check=True)
+        shapes = {"demo": read_checkpoint(demo / "model.pth").args}
+    else:
+        shapes = {shape: shape_args(shape, 32000) for shape in options.shapes}
+    results, report = [], {"machine": f"{cpu.cores()} cores, torch {torch.__version__}", "date": time.strftime("%Y-%m-%d")}
+    for shape, args in shapes.items():
+        results.append(measure(shape, args, options.work, options))
+        report |= {"results": results}
+        if shape == "1.1b" or options.quick:
+            path = options.work / "demo" / "model.pth" if options.quick else None
+            path = path or random_checkpoint(args, options.work / shape, OURS["int4 g32"])
+            report["start-up"] = start_up(path, options.device)
+            tell(f"start-up: {', '.join(f'{name} {value:.1f} s' for name, value in report['start-up'].items())}")
+        if shape == "1.1b" and options.device == "cpu":
+            report["ablation"] = ablation(args, options.work, shape, options)
+        (options.out / "results.json").write_text(json.dumps(report, indent=1))
+        (options.out / "table.md").write_text(markdown(results) + "\n")
+    print(markdown(results))
+    if installed("matplotlib"):
+        figure(results, options.out / "shares.png")
+    else:
+        tell("no figure: pip install matplotlib")
+
+
+if __name__ == "__main__":
+    run(main)
