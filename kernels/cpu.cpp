@@ -49,10 +49,13 @@ static inline void decode(const Weight &w, long n, long k, float *out) {
     } else {
         long group = n * (w.in / w.groupsize) + k / w.groupsize;
         float scale = to_float(((const bf16 *)w.scale)[group]), minimum = to_float(w.minimum[group]);
-        float even[16], odd[16];  // in loops of their own they are vectors
-        for (long i = 0; i < 16; i++) even[i] = minimum + scale * float(p[i] & 15);
-        for (long i = 0; i < 16; i++) odd[i] = minimum + scale * float(p[i] >> 4);
-        for (long i = 0; i < 16; i++) out[2 * i] = even[i], out[2 * i + 1] = odd[i];
+#ifdef FAST
+        const __m128i pairs = *(const __m128i_u *)p, mask = _mm_set1_epi8(15), even = pairs & mask, odd = _mm_srli_epi16(pairs, 4) & mask;
+        _mm512_storeu_ps(out, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(even, odd))) * scale + minimum);
+        _mm512_storeu_ps(out + 16, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpackhi_epi8(even, odd))) * scale + minimum);
+#else
+        for (long i = 0; i < 32; i++) out[i] = minimum + scale * float(p[i / 2] >> 4 * (i & 1) & 15);
+#endif
     }
 }
 

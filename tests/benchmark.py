@@ -37,7 +37,7 @@ OURS = {  # label -> quantization
     "bf16": None, "int8": {"mode": "int8"}, "int4 g32": {"mode": "int4", "groupsize": 32},
     "int4 g64": {"mode": "int4", "groupsize": 64}, "int4 g128": {"mode": "int4", "groupsize": 128},
 }  # fmt: skip
-LLAMA_CPP = ("F16", "Q8_0", "Q4_1", "Q4_0")
+LLAMA_CPP = {"F16": 2, "Q8_0": 34 / 32, "Q4_1": 20 / 32, "Q4_0": 18 / 32}  # bytes of a weight of the embedding table
 BITS = {  # what is compared with what: the same number of bits per weight, or nearly
     "16 bits": ("bf16", "llama.cpp F16", "transformers bf16"), "8 bits": ("int8", "llama.cpp Q8_0"),
     "5 bits": ("int4 g32", "llama.cpp Q4_1"), "4.5 bits": ("int4 g64", "llama.cpp Q4_0"),
@@ -46,6 +46,11 @@ WITHOUT = ("products", "attention", "prefetch")  # mechanisms that a worker can 
 
 
 # ---- Arithmetic
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the weights that decoding a token reads: all but the embedding table."""
+    return sum(t.nbytes for name, t in model.state_dict().items() if name != "tok_embeddings.weight")
 
 
 def kv_bytes(args: ModelArgs, positions: float, itemsize: int = 2) -> float:
@@ -138,6 +143,8 @@ def random_gguf(args: ModelArgs, folder: Path, kind: str) -> Path:
         writer.write_tensors_to_file()
         writer.close()
     if not path.exists():
+        silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
+        llama_cpp.llama_log_set(silent, llama_cpp.ctypes.c_void_p(0))
         options = llama_cpp.llama_model_quantize_default_params()
         options.nthread, options.ftype = cpu.cores(), getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
         llama_cpp.llama_model_quantize(str(f16).encode(), str(path).encode(), options)
@@ -182,8 +189,7 @@ def ours(path: Path, device: str, compiled: bool, without: str) -> tuple[dict, C
     start = time.perf_counter()
     if compiled:
         engine.compile(["decode", "verify"], sampling)
-    weights = sum(t.nbytes for name, t in model.state_dict().items() if name != "tok_embeddings.weight")
-    says = {"weights": weights, "args": asdict(checkpoint.args), "compile": time.perf_counter() - start}
+    says = {"weights": weight_bytes(model), "args": asdict(checkpoint.args), "compile": time.perf_counter() - start}
 
     def answer(prompt: int, tokens: int) -> dict:
         engine.ids.clear()
@@ -222,7 +228,7 @@ def ours(path: Path, device: str, compiled: bool, without: str) -> tuple[dict, C
     return says, ask
 
 
-def llama_cpp(path: Path) -> tuple[dict, Callable]:
+def llama_cpp(path: Path, args: ModelArgs) -> tuple[dict, Callable]:
     import llama_cpp as library  # noqa: PLC0415
 
     model = library.Llama(str(path), n_ctx=1024, n_threads=cpu.cores(), n_threads_batch=cpu.cores(), verbose=False)
@@ -236,7 +242,7 @@ def llama_cpp(path: Path) -> tuple[dict, Callable]:
             model.eval([300 + i])
         return {"prefill": first - start, "decode": (time.perf_counter() - first) / max(tokens - 1, 1), **memory()}
 
-    return {"weights": path.stat().st_size}, ask
+    return {"weights": path.stat().st_size - args.vocab_size * args.dim * LLAMA_CPP[path.stem]}, ask
 
 
 def transformers(args: ModelArgs, device: str) -> tuple[dict, Callable]:
@@ -278,7 +284,7 @@ def serve(program: str, options: dict) -> None:
     if program == "ours":
         says, ask = ours(Path(options["path"]), options["device"], options["compiled"], options["without"])
     elif program == "llama.cpp":
-        says, ask = llama_cpp(Path(options["path"]))
+        says, ask = llama_cpp(Path(options["path"]), ModelArgs(**options["args"]))
     else:
         says, ask = transformers(ModelArgs(**options["args"]), options["device"])
     print(json.dumps(says), file=answers, flush=True)
@@ -384,12 +390,15 @@ def workers_of(shape: str, args: ModelArgs, folder: Path, options: argparse.Name
         path = path or random_checkpoint(args, folder / shape, quantization)
         return {"path": str(path), "device": options.device, "compiled": True, "without": ""}
 
+    def gguf(kind: str) -> dict:
+        return {"path": str(random_gguf(args, folder / shape, kind)), "args": asdict(args)}
+
     names = ["int4 g32", "int4 g64", "int4 g128", "int8", "bf16"]
     for label in names if shape != "demo" else ["bf16"]:
         add(label, "ours", lambda label=label: checkpoint(OURS[label]))
     if shape != "demo" and options.device == "cpu" and installed("llama_cpp", "gguf"):
-        for kind in reversed(LLAMA_CPP):
-            add(f"llama.cpp {kind}", "llama.cpp", lambda kind=kind: {"path": str(random_gguf(args, folder / shape, kind))})
+        for kind in reversed(list(LLAMA_CPP)):
+            add(f"llama.cpp {kind}", "llama.cpp", lambda kind=kind: gguf(kind))
     if shape != "demo" and installed("transformers"):
         add("transformers bf16", "transformers", lambda: {"args": asdict(args), "device": options.device})
     return made
