@@ -366,8 +366,8 @@ def open_session(args: argparse.Namespace, make_engine: Callable = lambda _, *pa
         raise ValueError(f"--profile {args.profile}: no file can be written there: name one in a folder that exists")
     start, engines = time.perf_counter(), []
     checkpoints = [read_checkpoint(path) for path in (args.checkpoint_path, args.draft_checkpoint_path) if path]
-    vocabularies = [[c.args.vocab_size, *map(c.tokenizer.id_to_piece, range(c.tokenizer.vocab_size()))] for c in checkpoints]
-    if vocabularies[0] != vocabularies[-1]:
+    pieces = ([c.args.vocab_size, *map(c.tokenizer.id_to_piece, range(c.tokenizer.vocab_size()))] for c in checkpoints)
+    if len(checkpoints) > 1 and next(pieces) != next(pieces):
         raise ValueError(f"{args.draft_checkpoint_path} has another vocabulary than the model: choose a draft of its family")
     for checkpoint in checkpoints:
         model = load_model(checkpoint, args.device, getattr(torch, args.precision))
@@ -382,7 +382,7 @@ def open_session(args: argparse.Namespace, make_engine: Callable = lambda _, *pa
             if len(engines) > 1:
                 engines[1].compile(["decode", "prefill"], session.sampling())
         except torch._dynamo.exc.TorchDynamoException as error:
-            raise ValueError(f"--compile failed ({error}): repair the C++ compiler, or leave --compile away") from error
+            raise ValueError(f"--compile failed ({str(error)[:200]}): repair the compiler, or do without") from error
         print(f"Compile time: {time.perf_counter() - start:.3f} s", file=sys.stderr)
     return session
 

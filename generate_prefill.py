@@ -131,7 +131,7 @@ def main() -> None:
     add("--prompt", action="append", help="what follows the context; may be given several times")
     add("--cache_dir", type=Path, help="where prefixes are stored (a folder beside the checkpoint)")
     add("--cache_gb", type=between(0.001, kind=float), default=4.0, help="how much; the least recently used goes first (4)")
-    add("--no_cache", action="store_true", help="neither use nor store prefixes")
+    add("--no_cache", action="store_true", help="read and write no files of prefixes")
     args = parser.parse_args()
     file = args.context.startswith("@")
     context = utf8(Path(args.context[1:]).read_bytes(), args.context[1:]) if file else read_prompt(args.context)
