@@ -369,15 +369,18 @@ def tell(text: str) -> None:
 
 
 def workers_of(shape: str, args: ModelArgs, folder: Path, options: argparse.Namespace) -> dict[str, Worker]:
-    """The programs that are there and fit into half of the memory together, each with its model loaded."""
-    budget = 0.6 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """The programs that are there and fit into three quarters of the memory together, each with its model loaded.
+
+    What is compared comes together, int4 first, so that a shape that fills the memory still has pairs.
+    """
+    budget = 0.75 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     parameters = sum(t.numel() for t in build_model(args, None, torch.bfloat16).state_dict().values())
-    size = {"bf16": 2, "int8": 1, "llama.cpp F16": 2, "llama.cpp Q8_0": 1.1, "transformers bf16": 2}
+    size = {"16 bits": 2, "8 bits": 1.1, "5 bits": 0.65, "4.5 bits": 0.58}  # bytes of a weight, the embedding table included
     made, used = {}, 0.0
 
-    def add(label: str, program: str, make: Callable[[], dict]) -> None:
+    def add(label: str, bits: str, program: str, make: Callable[[], dict]) -> None:
         nonlocal used
-        need = size.get(label, 0.65) * parameters
+        need = size[bits] * parameters
         if used + need > budget:
             tell(f"{shape}: no memory for {label}")
             return
@@ -393,14 +396,17 @@ def workers_of(shape: str, args: ModelArgs, folder: Path, options: argparse.Name
     def gguf(kind: str) -> dict:
         return {"path": str(random_gguf(args, folder / shape, kind)), "args": asdict(args)}
 
-    names = ["int4 g32", "int4 g64", "int4 g128", "int8", "bf16"]
-    for label in names if shape != "demo" else ["bf16"]:
-        add(label, "ours", lambda label=label: checkpoint(OURS[label]))
-    if shape != "demo" and options.device == "cpu" and installed("llama_cpp", "gguf"):
-        for kind in reversed(list(LLAMA_CPP)):
-            add(f"llama.cpp {kind}", "llama.cpp", lambda kind=kind: gguf(kind))
-    if shape != "demo" and installed("transformers"):
-        add("transformers bf16", "transformers", lambda: {"args": asdict(args), "device": options.device})
+    if shape == "demo":
+        add("bf16", "16 bits", "ours", lambda: checkpoint(None))
+        return made
+    for bits, labels in [*reversed(BITS.items()), ("4.5 bits", ["int4 g128"])]:
+        for label in labels:
+            if label in OURS:
+                add(label, bits, "ours", lambda label=label: checkpoint(OURS[label]))
+            elif label.startswith("llama.cpp") and options.device == "cpu" and installed("llama_cpp", "gguf"):
+                add(label, bits, "llama.cpp", lambda label=label: gguf(label.split()[1]))
+            elif label.startswith("transformers") and installed("transformers"):
+                add(label, bits, "transformers", lambda: {"args": asdict(args), "device": options.device})
     return made
 
 
