@@ -13,8 +13,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Generator
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,12 +69,9 @@ def sample(logits: Tensor, input_pos: Tensor, sampling: Sampling) -> Tensor:
     return torch.argmax(logits + sampling.temperature * noise, dim=-1)
 
 
-def step(
-    model: Transformer, tokens: Tensor, input_pos: Tensor, cache: nn.ModuleList, sampling: Sampling, last_only: bool
-) -> Tensor:
-    """One forward pass of `tokens` [1, S] and the samples [S] that follow each, or [1] of the last where `last_only`."""
-    logits = model(tokens, input_pos, cache, last_only)[0]
-    return sample(logits, input_pos[-1:] if last_only else input_pos, sampling)
+def step(model: Transformer, tokens: Tensor, input_pos: Tensor, cache: nn.ModuleList, sampling: Sampling, last: bool) -> Tensor:
+    """One forward pass of `tokens` [1, S] and the samples [S] that follow each, or [1] of the `last` only."""
+    return sample(model(tokens, input_pos, cache, last)[0], input_pos[-1:] if last else input_pos, sampling)
 
 
 @dataclass
@@ -260,39 +257,51 @@ class Session:
     checkpoint: Checkpoint
     engines: list[Engine]  # the model's, then the draft's
     speculation: Speculation
+    chat: bool  # whether what the user says gets the Llama-2 template
+    statistics: list[str] = field(default_factory=list)  # of the last answer, by lines
+    table: list[tuple[int, int, float]] = field(default_factory=list)  # tokens cached and computed, seconds to the first
 
     def sampling(self, i: int = 0) -> Sampling:
         """That of answer i."""
         seed = torch.tensor(self.args.seed + i & 0x7FFFFFFF, dtype=torch.int32, device=self.args.device)
         return Sampling(seed, torch.tensor(self.args.temperature, device=self.args.device), self.args.top_k)
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a prompt. ValueError where the context has no room for it."""
-        tokenizer, context = self.checkpoint.tokenizer, self.checkpoint.args.max_seq_length
-        ids = [tokenizer.bos_id(), *tokenizer.encode(text)]
+    def encode(self, text: str, before: Sequence[int] = ()) -> list[int]:
+        """The ids of a conversation so far and of what the user says next. ValueError where the context has no room for it.
+
+        With the template BOS [INST] text [/INST], the system's text in the first turn; without, it is one text that goes on.
+        """
+        tokenizer, context, system = self.checkpoint.tokenizer, self.checkpoint.args.max_seq_length, self.args.system
+        if self.chat:
+            system = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system and not before else ""
+            text = f"[INST] {(system + text).strip()} [/INST]"
+        elif system and not before:
+            text = f"{system}\n{text}"
+        ids = [*before, *[tokenizer.bos_id()] * (self.chat or not before), *tokenizer.encode(text)]
         if len(ids) > context:
-            raise ValueError(f"the prompt has {len(ids)} tokens and the model's context {context}: shorten the prompt")
+            raise ValueError(f"{len(ids)} tokens and a context of {context}: shorten the prompt, or /clear the conversation")
         return ids
 
-    def answer(self, prompt: list[int], i: int = 0) -> tuple[list[int], int, float, list[str]]:
-        """Print the text that follows `prompt` as it comes, with seed + i.
-
-        Its ids, the tokens of the prompt that were cached, the seconds to the first token, and the statistics by lines.
-        """
+    def answer(self, prompt: list[int], i: int = 0) -> list[int]:
+        """Print the text that follows `prompt` as it comes, with seed + i; its ids. In a conversation, Ctrl-C ends it."""
         engine, stream, ids, start = self.engines[0], TextStream(self.checkpoint.tokenizer), [], time.perf_counter()
         self.speculation.rounds.clear()
-        engine.rewind(prompt)
-        cached, first, end = len(engine.ids), 0.0, 0.0
+        cached, first, end, why = 0, 0.0, 0.0, "interrupted"
         eos_id = None if self.args.ignore_eos else self.checkpoint.tokenizer.eos_id()
-        tokens = generate(engine, prompt, self.args.max_new_tokens, eos_id, self.sampling(i), self.speculation)
         try:
+            engine.rewind(prompt)
+            cached = len(engine.ids)
+            tokens = generate(engine, prompt, self.args.max_new_tokens, eos_id, self.sampling(i), self.speculation)
             while True:
                 ids.append(next(tokens))
                 first, end = first or time.perf_counter() - start, time.perf_counter() - start
                 print(stream.push(ids[-1]), end="", flush=True)
         except StopIteration as stop:
             why = stop.value
-        print(stream.finish(), end="\n" if sys.stdout.isatty() else "", flush=True)
+        except KeyboardInterrupt:
+            if not self.args.interactive:
+                raise
+        print(stream.finish(), end="\n" * (self.args.interactive or sys.stdout.isatty()), flush=True)
         first, seconds = first or time.perf_counter() - start, max(end - first, 1e-9)
         for each in self.engines:
             each.keep(prompt + ids)
@@ -302,7 +311,8 @@ class Session:
         rounds = self.speculation.rounds
         tried, accepted = (sum(each[column] for each in rounds) for column in (0, 1))
         lengths = sorted(accepted for tried, accepted in rounds if tried)
-        statistics = [
+        self.table.append((cached, len(prompt) - cached, first))
+        self.statistics = [
             f"Prompt tokens: {len(prompt)} (cached {cached} of {len(prompt)})",
             f"Time to first token: {first:.3f} s",
             f"Prefill: {(len(prompt) - cached) / first:.2f} tokens/s",
@@ -314,7 +324,7 @@ class Session:
             f"Stopped: {why}",
             f"Peak memory: {peak / 1e9:.3f} GB ({'CUDA' if cuda else 'RSS'})",
         ]
-        return ids, cached, first, statistics
+        return ids
 
 
 def between(low: float, high: float = math.inf, kind: type = int) -> Callable[[str], float]:
@@ -334,6 +344,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint_path", type=Path, required=True, help="model.pth, or what quantize.py made of it")
     add("--prompt", default="Hello, my name is", help='text to continue; "-" reads standard input')
+    add("--interactive", action="store_true", help="a conversation: answers each line of standard input")
+    add("--system", default="", help="text that comes before everything, as a chat model's instructions where it is one")
+    add("--raw", action="store_true", help="let a chat model go on with the text as it is, without its template")
     add("--num_samples", type=between(1), default=1, help="answers; answer i uses seed + i (1)")
     add("--max_new_tokens", type=between(1), default=200, help="longest answer, in tokens (200)")
     add("--temperature", type=between(0, kind=float), default=0.8, help="of sampling; 0 is greedy (0.8)")
@@ -373,7 +386,8 @@ def open_session(args: argparse.Namespace, make_engine: Callable = lambda _, *pa
         model = load_model(checkpoint, args.device, getattr(torch, args.precision))
         engines.append(make_engine(checkpoint, model, model.make_cache(checkpoint.args.max_seq_length)))
     guess, speculates = engines[-1].guess if len(engines) > 1 else prompt_lookup, args.prompt_lookup or len(engines) > 1
-    session = Session(args, checkpoints[0], engines, Speculation(guess, args.speculate_k * speculates))
+    chat = args.interactive and not args.raw and checkpoints[0].header["chat"]
+    session = Session(args, checkpoints[0], engines, Speculation(guess, args.speculate_k * speculates), chat)
     print(f"Load time: {time.perf_counter() - start:.3f} s", file=sys.stderr)
     if args.compile or args.compile_prefill:
         start = time.perf_counter()
@@ -389,29 +403,57 @@ def open_session(args: argparse.Namespace, make_engine: Callable = lambda _, *pa
 
 def read_prompt(text: str) -> str:
     """The prompt, from standard input where `text` is "-". ValueError where it is empty or not UTF-8."""
-    piped = sys.stdin.buffer.read().removesuffix(b"\n") if text == "-" and sys.stdin else b""
+    piped = sys.stdin.buffer.read().removesuffix(b"\n") if text == "-" else b""
     return utf8(piped if text == "-" else os.fsencode(text), "the prompt (--prompt, or standard input)")
 
 
-def answer_all(session: Session, prompts: list[list[int]]) -> list[tuple[int, int, float]]:
-    """Print num_samples answers to each prompt, with statistics; for each, the tokens cached and computed, and the seconds
-    to the first token."""
-    rows, profile = [], session.args.profile
+def answer_all(session: Session, texts: list[str]) -> None:
+    """Print num_samples answers to each prompt, with statistics."""
+    profile, prompts = session.args.profile, [session.encode(text) for text in texts]
     with torch.profiler.profile() if profile else nullcontext() as trace:
         for prompt, i in [(prompt, i) for prompt in prompts for i in range(session.args.num_samples)]:
-            print("\n" * bool(rows), end="")
-            _, cached, first, statistics = session.answer(prompt, i)
-            print(*statistics, sep="\n", file=sys.stderr)
-            rows.append((cached, len(prompt) - cached, first))
+            print("\n" * bool(session.table), end="")
+            session.answer(prompt, i)
+            print(*session.statistics, sep="\n", file=sys.stderr)
     if profile:
         trace.export_chrome_trace(str(profile))
-    return rows
+
+
+def converse(session: Session) -> None:
+    """Answer what standard input says, line by line; each turn runs its own tokens only, the rest is in the cache.
+
+    End of input ends it, and so does Ctrl-C, but for one that ends an answer: what was said until then stays.
+    """
+    tokenizer, keyboard, ids = session.checkpoint.tokenizer, sys.stdin.isatty(), []
+    closing = [tokenizer.piece_to_id("\u2581"), tokenizer.eos_id()] * session.chat  # the template's space and EOS
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    if keyboard:
+        with suppress(ImportError):
+            import readline  # noqa: F401, PLC0415  input() then edits the line, and has a history
+        print("/clear starts anew, /stats shows the last answer's figures, Ctrl-D leaves", file=sys.stderr)
+    while True:
+        try:
+            text = input("> " * (keyboard and sys.stdout.isatty())).strip()
+            if text == "/clear":
+                ids = []
+            elif text == "/stats":
+                print(*session.statistics, sep="\n", file=sys.stderr)
+            elif text:
+                prompt = session.encode(utf8(os.fsencode(text), "the line"), ids)
+                ids = prompt + session.answer(prompt) + closing
+                if len(ids) > session.checkpoint.args.max_seq_length:
+                    print("the context is full: /clear starts anew", file=sys.stderr)
+        except EOFError:
+            return
+        except ValueError as error:
+            print(error, file=sys.stderr)
 
 
 def main() -> None:
     args = build_parser().parse_args()
-    text, session = read_prompt(args.prompt), open_session(args)
-    answer_all(session, [session.encode(text)])
+    texts = [] if args.interactive else [read_prompt(args.prompt)]
+    session = open_session(args)
+    converse(session) if args.interactive else answer_all(session, texts)
 
 
 if __name__ == "__main__":

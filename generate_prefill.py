@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from generate import Engine, answer_all, between, build_parser, open_session, read_prompt
+from generate import Engine, answer_all, between, build_parser, converse, open_session, read_prompt
 from kernels import cpu
 from quantize import Checkpoint, run, utf8
 
@@ -49,13 +49,6 @@ class Store:
             if not self.told and not isinstance(error, FileNotFoundError):  # that is another process, which needed room
                 print(f"the prefix cache cannot be used as it should: {error}", file=sys.stderr)
                 self.told = True
-
-    def read(self, name: str) -> bytes | None:
-        """The content of a file; None where it is not there. OSError where it is not what was written."""
-        content = cpu.read_sealed(self.folder / name)
-        if content is None and (self.folder / name).exists():
-            raise OSError(f"{self.folder / name} is damaged")
-        return content
 
     def write(self, name: str, age: int, parts: list[Tensor]) -> None:
         """Mark a file as used, stored before where it is not there; one of a greater `age` (nanoseconds) goes before others."""
@@ -107,7 +100,9 @@ class CachedEngine(Engine):
             with self.store.trouble_told():
                 for start, name, parts in self.blocks(ids[:-1]):
                     if start + BLOCK > len(self.ids):
-                        content = self.store.read(name)
+                        content = cpu.read_sealed(self.store.folder / name)
+                        if content is None and (self.store.folder / name).exists():
+                            raise OSError(f"{self.store.folder / name} is damaged")
                         if content is None:
                             break
                         stored = torch.frombuffer(bytearray(content), dtype=parts[0].dtype).view(len(parts), *parts[0].shape)
@@ -127,27 +122,29 @@ class CachedEngine(Engine):
 def main() -> None:
     parser = build_parser()
     add = parser.add_argument
-    add("--context", default=CONTEXT, help='what all prompts begin with: a text, "@FILE", or "-" for standard input')
+    add("--context", "--system", default=CONTEXT, help='what all begins with: a text, "@FILE", or "-" for standard input')
     add("--prompt", action="append", help="what follows the context; may be given several times")
     add("--cache_dir", type=Path, help="where prefixes are stored (a folder beside the checkpoint)")
     add("--cache_gb", type=between(0.001, kind=float), default=4.0, help="how much; the least recently used goes first (4)")
     add("--no_cache", action="store_true", help="read and write no files of prefixes")
     args = parser.parse_args()
-    file = args.context.startswith("@")
-    context = utf8(Path(args.context[1:]).read_bytes(), args.context[1:]) if file else read_prompt(args.context)
+    text = "" if args.interactive and args.context == CONTEXT else args.context
+    args.system = utf8(Path(text[1:]).read_bytes(), text[1:]) if text.startswith("@") else text and read_prompt(text)
     folder = args.cache_dir or args.checkpoint_path.parent / "prefixes"
     store = None if args.no_cache else Store(folder, int(args.cache_gb * 1e9))
-    texts = [f"{context}\n{read_prompt(prompt)}" for prompt in args.prompt or PROMPTS]
+    texts = [] if args.interactive else [read_prompt(prompt) for prompt in args.prompt or PROMPTS]
 
     def make_engine(checkpoint: Checkpoint, *parts: nn.Module) -> CachedEngine:
         identity = (checkpoint.header["id"], checkpoint.args, checkpoint.header["quantization"], args.precision)
         return CachedEngine(*parts, store=store, root=repr(identity))
 
     session = open_session(args, make_engine)
-    rows = answer_all(session, [session.encode(text) for text in texts])
+    if args.interactive:
+        return converse(session)
+    answer_all(session, texts)
     print(f"{'answer':>6}{'cached':>8}{'computed':>10}{'first token':>13}{'speed-up':>10}", file=sys.stderr)
-    for i, (cached, computed, first) in enumerate(rows, 1):
-        print(f"{i:6}{cached:8}{computed:10}{first:11.3f} s{rows[0][2] / first:9.1f}x", file=sys.stderr)
+    for i, (cached, computed, first) in enumerate(session.table, 1):
+        print(f"{i:6}{cached:8}{computed:10}{first:11.3f} s{session.table[0][2] / first:9.1f}x", file=sys.stderr)
 
 
 if __name__ == "__main__":

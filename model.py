@@ -33,8 +33,7 @@ class ModelArgs:
             if not isinstance(value, (int, field.type)) or isinstance(value, bool) or not 0 < value < 2**31:
                 raise ValueError(f"{field.name} = {value!r} in the model's config: it must be a positive number below 2**31")
         if self.n_head % self.n_kv_head or self.head_dim % 2:
-            heads = f"n_head {self.n_head}, n_kv_head {self.n_kv_head}, head_dim {self.head_dim}"
-            raise ValueError(f"{heads} in the model's config: heads must be a multiple of KV heads and head_dim even")
+            raise ValueError(f"n_head must be a multiple of n_kv_head, and head_dim even, in the model's config: {self}")
 
 
 class KVCache(nn.Module):
@@ -46,9 +45,8 @@ class KVCache(nn.Module):
 
     def __init__(self, batch: int, max_seq_length: int, args: ModelArgs, like: Tensor) -> None:
         super().__init__()
-        shape = (batch, args.n_kv_head, max_seq_length, args.head_dim)
-        self.register_buffer("k", like.new_empty(shape))
-        self.register_buffer("v", like.new_empty(shape))
+        for name in ("k", "v"):
+            self.register_buffer(name, like.new_empty(batch, args.n_kv_head, max_seq_length, args.head_dim))
 
 
 class Attention(nn.Module):

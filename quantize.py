@@ -68,8 +68,7 @@ def build_model(args: ModelArgs, quantization: dict | None, dtype: torch.dtype) 
             if isinstance(module, nn.Linear):
                 groupsize = groupsize_of(name, quantization)
                 if groupsize and module.in_features % groupsize:
-                    which = f"group size {groupsize} does not divide the {module.in_features} inputs of {name}"
-                    raise ValueError(f"{which}: choose one of {[g for g in GROUPSIZES if module.in_features % g == 0]}")
+                    raise ValueError(f"group size {groupsize}: no divisor of {name}'s {module.in_features} inputs; try another")
                 model.set_submodule(name, Linear(module.in_features, module.out_features, groupsize, dtype))
     return model
 
@@ -86,17 +85,25 @@ class Checkpoint:
 
 
 @contextmanager
-def reading(path: Path, cure: str) -> Iterator[None]:
-    """What a missing, foreign or damaged file makes us or a library raise becomes one ValueError: path, reason, cure."""
+def reading(name: Path | str, cure: str) -> Iterator[None]:
+    """What missing, foreign or damaged input makes us or a library raise becomes one ValueError: name, reason, cure."""
     try:
-        if not path.is_file():
-            raise ValueError("no such file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of TorchScript before it refuses it
             yield
     except Exception as error:  # there is no end to what damaged files make parsers raise
-        reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {str(error)[:80]}"
-        raise ValueError(f"{path}: {reason}; {cure}") from error
+        reason = (
+            str(error) if type(error) is ValueError else getattr(error, "strerror", 0) or f"{type(error).__name__}: {error}"
+        )
+        raise ValueError(f"{name}: {reason[:200]}; {cure}") from error
+
+
+def utf8(data: bytes, name: str) -> str:
+    """The text of `data`. ValueError, which calls it `name`, where it is not UTF-8 or empty."""
+    with reading(name, "give some text in UTF-8"):
+        if not data:
+            raise ValueError("empty")
+        return data.decode()
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -116,10 +123,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def load_model(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> Transformer:
     """The model of a checkpoint on `device`. Float weights become `dtype`; all that need not change stays mapped."""
     model = build_model(checkpoint.args, checkpoint.header["quantization"], dtype)
-    expected, moved, weights = model.state_dict(), {}, {}
-    for name, tensor in progress(checkpoint.model.items(), "loading"):
-        key = (tensor.data_ptr(), expected[name].dtype)  # tied embeddings are one tensor under two names
-        moved[key] = weights[name] = moved.get(key, tensor.to(device, expected[name].dtype))
+    expected = model.state_dict()
+    weights = {n: t.to(device, expected[n].dtype) for n, t in progress(checkpoint.model.items(), "loading")}
     model.load_state_dict(weights, assign=True)
     return model
 
@@ -216,25 +221,21 @@ def compare(original: Checkpoint, quantized: Checkpoint, text: str, device: str)
     """What quantizing costs on `text`: a table of perplexity, mean KL divergence from the original, share of positions
     whose most likely token is the same, bytes, and bits per weight of the linear layers. In float32, in windows of 512."""
     tokenizer, window = original.tokenizer, min(512, original.args.max_seq_length)
-    ids = tokenizer.encode(text)
+    ids, sums = tokenizer.encode(text), torch.zeros(2, 3, dtype=torch.float64, device=device)
     models = [load_model(checkpoint, device, torch.float32) for checkpoint in (original, quantized)]
-    losses, divergence, same, count = [0.0, 0.0], 0.0, 0, 0
     for start in progress(range(0, len(ids), window - 1), "checking"):
         tokens = torch.tensor([[tokenizer.bos_id(), *ids[start : start + window - 1]]], device=device)
-        positions, wanted = torch.arange(tokens.shape[1] - 1, device=device), tokens[0, 1:]
+        positions = torch.arange(tokens.shape[1] - 1, device=device)
         logs = [m(tokens[:, :-1], positions, m.make_cache(window))[0].log_softmax(-1) for m in models]
-        for i, log in enumerate(logs):
-            losses[i] -= log.gather(1, wanted[:, None]).sum().item()
-        divergence += nn.functional.kl_div(logs[1], logs[0], reduction="sum", log_target=True).item()
-        same += (logs[0].argmax(-1) == logs[1].argmax(-1)).sum().item()
-        count += len(wanted)
-    others = ("norm", "embeddings")
-    linear = [[t for n, t in c.model.items() if not any(o in n for o in others)] for c in (original, quantized)]
+        for total, log in zip(sums, logs, strict=True):
+            loss = nn.functional.nll_loss(log, tokens[0, 1:], reduction="sum")
+            divergence = nn.functional.kl_div(log, logs[0], reduction="sum", log_target=True)
+            total += torch.stack([loss, divergence, (log.argmax(-1) == logs[0].argmax(-1)).sum()])
+    linear = [[t for n, t in c.model.items() if "norm" not in n and "embeddings" not in n] for c in (original, quantized)]
     lines = [f"{'':24}{'perplexity':>12}{'mean KL':>10}{'same top':>10}{'bytes':>16}{'bits/weight':>13}"]
-    for i, path in enumerate((original.path, quantized.path)):
-        bits = 8 * sum(t.nbytes for t in linear[i]) / sum(t.numel() for t in linear[0])
-        quality = f"{divergence / count:10.5f}{same / count:10.2%}" if i else f"{'-':>10}{'-':>10}"
-        lines.append(f"{path.name:24}{math.exp(losses[i] / count):12.4f}{quality}{path.stat().st_size:16,}{bits:13.3f}")
+    for c, weights, (loss, divergence, same) in zip((original, quantized), linear, (sums / len(ids)).tolist(), strict=True):
+        size, bits = c.path.stat().st_size, 8 * sum(t.nbytes for t in weights) / sum(t.numel() for t in linear[0])
+        lines.append(f"{c.path.name:24}{math.exp(loss):12.4f}{divergence:10.5f}{same:10.2%}{size:16,}{bits:13.3f}")
     return "\n".join(lines)
 
 
@@ -258,17 +259,6 @@ def main() -> None:
         print(compare(checkpoint, read_checkpoint(path), text, args.device))
 
 
-def utf8(data: bytes, name: str) -> str:
-    """The text of `data`. ValueError, which calls it `name`, where it is not UTF-8 or empty."""
-    try:
-        text = data.decode()
-    except UnicodeError as error:
-        raise ValueError(f"{name} is not UTF-8 ({error}): convert it, for example with iconv") from error
-    if not text:
-        raise ValueError(f"{name} is empty: give some text")
-    return text
-
-
 def progress(items: Sequence, what: str) -> Iterator:
     """The items, with a line on a terminal's stderr that counts them."""
     for i, item in enumerate(items, 1):
@@ -280,7 +270,7 @@ def progress(items: Sequence, what: str) -> Iterator:
 def run(main: Callable[[], None]) -> None:
     """Call a script's `main`; what a user can cause ends in one line on stderr and status 1, Ctrl-C in status 130."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    sys.stdin, sys.stdout, sys.stderr = (s or open(os.devnull, "r+") for s in (sys.stdin, sys.stdout, sys.stderr))  # noqa: SIM115
     try:
         main()
         sys.stdout.flush()

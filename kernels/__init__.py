@@ -69,20 +69,12 @@ def _rotate(x: Tensor, rope: Tensor) -> Tensor:
 _library = torch.library.Library("llama", "DEF")
 _library.define("linear(Tensor x, Tensor weight, Tensor? scale, Tensor? minimum) -> Tensor")
 _library.impl("linear", _linear_cpu, "CPU")
+_library.impl("linear", lambda x, weight, *_: x.new_empty(*x.shape[:-1], weight.shape[0]), "Meta")
 # The write to the cache is not declared: torch 2.13 refuses alias annotations inside nested_compile_region. It is safe
 # because in a compiled step nothing but this operator touches a cache, once a layer, and its result is always used.
 _library.define("attention(Tensor qkv, Tensor rope, Tensor input_pos, Tensor k_cache, Tensor v_cache) -> Tensor")
 _library.impl("attention", _attention, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("llama::linear", lib=_library)
-def _linear_shape(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-@torch.library.register_fake("llama::attention", lib=_library)
-def _attention_shape(qkv: Tensor, rope: Tensor, input_pos: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] - 2 * k_cache.shape[1] * k_cache.shape[3])
+_library.impl("attention", lambda x, _, __, k, v: x.new_empty(*x.shape[:2], x.shape[2] - 2 * k.shape[1] * k.shape[3]), "Meta")
 
 
 def attention(qkv: Tensor, rope: Tensor, input_pos: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:

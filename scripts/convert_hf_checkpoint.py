@@ -22,6 +22,7 @@ from torch import Tensor
 from model import ModelArgs
 from quantize import build_model, progress, reading, run, write_checkpoint
 
+WEIGHTS = ["model[.-]*safetensors", "pytorch_model[.-]*bin"]  # whole or in shards; the first format that is there
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SUPPORTED = {
     "model_type": ["llama"], "attention_bias": [False, None], "mlp_bias": [False, None], "hidden_act": ["silu"],
@@ -51,25 +52,12 @@ def model_args(config: dict) -> ModelArgs:
     )  # fmt: skip
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint in one format: safetensors before .bin, a sharded one by its index."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            with reading(index, "download it again"):
-                return [folder / shard for shard in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
-        if (folder / name).is_file():
-            return [folder / name]
-    raise ValueError(f"{folder}: neither model.safetensors nor pytorch_model.bin (nor an index of shards) there")
-
-
 def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a safetensors file, mapped: 8 bytes of length, a JSON header of that length, raw data."""
-    size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
+    data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)[8 + length :]
     header.pop("__metadata__", None)
     for name, entry in header.items():
         start, end = entry["data_offsets"]
@@ -78,9 +66,10 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         yield name, aligned.view(dtype).view(entry["shape"] if entry["dtype"] in DTYPES else -1)
 
 
-def read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    """All (name, tensor) of the files; mapped, but for .bin in the legacy format, of which one file is in memory at a time."""
-    for path in progress(files, "converting file"):
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """All (name, tensor) in a folder; mapped, but for .bin in the legacy format, of which one file is in memory at a time."""
+    formats = [sorted(folder.glob(pattern)) for pattern in WEIGHTS]
+    for path in progress(formats[0] or formats[1], "converting file"):
         with reading(path, "cut short, damaged or no file of weights: download it again"):
             if path.suffix == ".safetensors":
                 yield from read_safetensors(path)
@@ -114,9 +103,9 @@ def convert(folder: Path, precision: str) -> Path:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
         if tokenizer.bos_id() < 0 or tokenizer.vocab_size() > args.vocab_size:
             raise ValueError(f"{tokenizer.vocab_size()} pieces, BOS {tokenizer.bos_id()}, vocab_size {args.vocab_size}")
-    templates = [folder / name for name in ("tokenizer_config.json", "chat_template.jinja")]
-    chat = any(path.is_file() and b"<<SYS>>" in path.read_bytes() for path in templates)
-    files, tensors = weight_files(folder), {name: torch.empty_like(shape, device="cpu") for name, shape in shapes.items()}
+    templates = [*folder.glob("tokenizer_config.json"), *folder.glob("chat_template.jinja")]
+    chat = any(b"<<SYS>>" in path.read_bytes() for path in templates)
+    tensors = {name: torch.empty_like(shape, device="cpu") for name, shape in shapes.items()}
     if tied:
         tensors["output.weight"] = tensors["tok_embeddings.weight"]
 
@@ -124,7 +113,7 @@ def convert(folder: Path, precision: str) -> Path:
         wanted = places(args, mapped)
         if tied:
             del wanted["lm_head.weight"]
-        for name, tensor in read_tensors(files):
+        for name, tensor in read_tensors(folder):
             if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
                 continue
             place = wanted.pop(name, None)
@@ -132,7 +121,7 @@ def convert(folder: Path, precision: str) -> Path:
                 raise ValueError(f"{name} in {folder}: twice, or not of the shape and type that config.json asks for")
             place.copy_(tensor)
         if wanted:
-            raise ValueError(f"{next(iter(wanted))}: missing from the weights in {folder}: download it again")
+            raise ValueError(f"{next(iter(wanted))} is missing from {' and '.join(WEIGHTS)} in {folder}: download it again")
 
     header = {"config": asdict(args), "quantization": None, "chat": chat, "tokenizer": tokenizer.serialized_model_proto()}
     write_checkpoint(folder / "model.pth", header, tensors, fill)

@@ -3,24 +3,18 @@
 import launch  # isort: skip  # noqa: F401
 
 import argparse
+import fnmatch
 import sys
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
 from quantize import run
+from scripts.convert_hf_checkpoint import WEIGHTS
 
 TEXTS = ["config.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"]
-WEIGHTS = [  # one format is enough: the first that the repository has
-    ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"],
-    ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"],
-]
-CURES = {  # of what the hub's client raises, the first that fits
-    GatedRepoError: "gated: accept its licence on its page, then log in with `hf auth login`",
-    RepositoryNotFoundError: "no such repository, or a private one (then log in with `hf auth login`)",
-    HFValidationError: "neither a local directory nor a repository's name such as JackFram/llama-68m",
-}
+CURE = """check the name (of a repository, or of a directory that exists) and the network, then again: it resumes; a gated
+repository wants its licence accepted on its page and `hf auth login`"""
 
 
 def download(repo: str) -> Path:
@@ -28,18 +22,12 @@ def download(repo: str) -> Path:
     folder = Path("checkpoints") / repo
     try:
         names = [file.rfilename for file in HfApi().repo_info(repo).siblings]
-        wanted = [weights for weights in WEIGHTS if weights[0] in names or weights[2] in names]
+        wanted = [pattern for pattern in WEIGHTS if fnmatch.filter(names, pattern)]
         if not wanted or not {"config.json", "tokenizer.model"} <= set(names):
             raise ValueError("it lacks config.json, a sentencepiece tokenizer.model, or weights in safetensors or .bin")
-        snapshot_download(repo, local_dir=folder, allow_patterns=TEXTS + wanted[0])
-    except PermissionError:
-        raise
+        snapshot_download(repo, local_dir=folder, allow_patterns=[*TEXTS, wanted[0]])
     except Exception as error:  # the hub's client lets its HTTP library's own errors through, another one each year
-        reason = " ".join(str(error).split())[:200]
-        failed = (
-            reason if type(error) is ValueError else f"download failed ({reason}); check the network, then again: it resumes"
-        )
-        raise ValueError(f"{repo}: {next((CURES[kind] for kind in CURES if isinstance(error, kind)), failed)}") from error
+        raise ValueError(f"{repo} was not downloaded ({' '.join(str(error).split())[:300]}): {CURE}") from error
     return folder
 
 

@@ -120,13 +120,12 @@ def tensors(change: Callable[[dict], object]) -> Spoil:
     return spoil
 
 
-def shards(second: Callable[[], dict[str, Tensor]], weight_map: object) -> Spoil:
-    """Two shards: all tensors in `a.safetensors`, `second()` in `b.safetensors`, and an index with that weight_map."""
+def second_shard(second: Callable[[], dict[str, Tensor]]) -> Spoil:
+    """Two shards: all tensors in the first, `second()` in the other."""
 
     def spoil(folder: Path) -> None:
-        (folder / "model.safetensors").rename(folder / "a.safetensors")
-        write_safetensors(folder / "b.safetensors", second())
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+        write_safetensors(folder / "model-00002-of-00002.safetensors", second())
 
     return spoil
 
@@ -214,8 +213,8 @@ def hf(says: str, spoil: Spoil) -> Case:
 
 
 CHECKPOINT = {
-    "missing": model_pth("model.pth: no such file ... prepare.sh", remove("model.pth")),
-    "a directory": Case("python generate.py --checkpoint_path $DIR", "no such file ... prepare.sh"),
+    "missing": model_pth("model.pth: No such file ... prepare.sh", remove("model.pth")),
+    "a directory": Case("python generate.py --checkpoint_path $DIR", "Is a directory ... prepare.sh"),
     "a text file": model_pth(DAMAGED, write("model.pth", "version https://git-lfs.github.com/spec/v1\n" * 3)),
     "empty": model_pth(DAMAGED, write("model.pth", b"")),
     "safetensors": Case("python generate.py --checkpoint_path $DIR/model.safetensors", "model.safetensors ... prepare.sh"),
@@ -254,12 +253,12 @@ CHECKPOINT = {
 PROMPT = {
     "too long": Case(f"cat $DIR/full.txt $DIR/full.txt | {GENERATE} --prompt -", "context ... shorten"),
     "one token too long": Case(f"(cat $DIR/full.txt; echo -n z) | {GENERATE} --prompt -", "65 tokens ... 64 ... shorten"),
-    "not UTF-8": Case(f"{GENERATE} --prompt $'caf\\xe9'", "not UTF-8 ... convert"),
-    "not UTF-8, on stdin": Case(f"echo $'caf\\xe9' | {GENERATE} --prompt -", "not UTF-8 ... convert"),
-    "half a character, on stdin": Case(f"echo -n $'caf\\xc3' | {GENERATE} --prompt -", "not UTF-8 ... convert"),
-    "empty": Case(f"{GENERATE} --prompt ''", "prompt ... is empty"),
-    "empty, on stdin": Case(f"{GENERATE} --prompt - < /dev/null", "prompt ... is empty"),
-    "an empty line, on stdin": Case(f"echo | {GENERATE} --prompt -", "prompt ... is empty"),
+    "not UTF-8": Case(f"{GENERATE} --prompt $'caf\\xe9'", "decode ... UTF-8"),
+    "not UTF-8, on stdin": Case(f"echo $'caf\\xe9' | {GENERATE} --prompt -", "decode ... UTF-8"),
+    "half a character, on stdin": Case(f"echo -n $'caf\\xc3' | {GENERATE} --prompt -", "decode ... UTF-8"),
+    "empty": Case(f"{GENERATE} --prompt ''", "prompt ... empty"),
+    "empty, on stdin": Case(f"{GENERATE} --prompt - < /dev/null", "prompt ... empty"),
+    "an empty line, on stdin": Case(f"echo | {GENERATE} --prompt -", "prompt ... empty"),
     "stdin closed": Case(f"{GENERATE} --prompt - <&-", "prompt"),
 }
 MACHINE = {
@@ -280,9 +279,9 @@ OUTPUT = {  # generation has begun: there may be text on stdout
     "reader gone": Case(f"{GENERATE} --num_samples 999 | head -c 1 > $DIR/../text; exit ${{PIPESTATUS[0]}}", "Broken pipe"),
 }
 CONFIG_JSON = {
-    "no directory": Case(f"{CONVERT}/none", "config.json: no such file ... directory"),
+    "no directory": Case(f"{CONVERT}/none", "config.json: No such file ... directory"),
     "a file for the directory": Case(f"{CONVERT}/config.json", "config.json"),
-    "missing": hf("config.json: no such file ... directory", remove("config.json")),
+    "missing": hf("config.json: No such file ... directory", remove("config.json")),
     "not JSON": hf("config.json: JSON ... downloaded whole", cut("config.json", lambda size: size / 2)),
     "empty": hf("config.json: JSON ... downloaded whole", write("config.json", "")),
     "not text": hf("config.json: ... downloaded whole", write("config.json", b"\xff\xfe\x00")),
@@ -293,7 +292,7 @@ CONFIG_JSON = {
     "hidden_size zero": hf("0 ... positive", config(hidden_size=0)),
     "hidden_size huge": hf(f"{10**13}", config(hidden_size=10**13)),
     "num_attention_heads zero": hf("config.json", config(num_attention_heads=0)),
-    "num_attention_heads odd": hf("n_head 3", config(num_attention_heads=3)),
+    "num_attention_heads odd": hf("n_head=3", config(num_attention_heads=3)),
     "num_hidden_layers a fraction": hf("1.5 ... positive", config(num_hidden_layers=1.5)),
     "num_hidden_layers true": hf("True ... positive", config(num_hidden_layers=True)),
     "vocab_size negative": hf("-1 ... positive", config(vocab_size=-1)),
@@ -301,7 +300,7 @@ CONFIG_JSON = {
     "rms_norm_eps a string": hf("'1e-5' ... positive", config(rms_norm_eps="1e-5")),
     "rms_norm_eps not a number": hf("nan ... positive", config(rms_norm_eps=float("nan"))),
     "max_position_embeddings zero": hf("0 ... positive", config(max_position_embeddings=0)),
-    "num_key_value_heads no divisor": hf("n_kv_head 3", config(num_key_value_heads=3)),
+    "num_key_value_heads no divisor": hf("n_kv_head=3", config(num_key_value_heads=3)),
     "rope_theta a list": hf("[1] ... positive", config(rope_theta=[1])),
     "model_type": hf("model_type = 'mistral' is not supported", config(model_type="mistral")),
     "attention_bias": hf("attention_bias = True is not supported", config(attention_bias=True)),
@@ -326,14 +325,9 @@ TOKENIZER = {
 }
 BIN = bin_file(lambda folder: weights())
 WEIGHTS = {
-    "none": hf("model.safetensors nor pytorch_model.bin", remove("model.safetensors")),
-    "index names a missing shard": hf("c.safetensors: no such file ... download", shards(dict, {"x": "c.safetensors"})),
-    "index is empty": hf("missing ... download it again", shards(dict, {})),
-    "index without files": hf("index.json", shards(dict, ["a.safetensors"])),
-    "index of numbers": hf("download it again", shards(dict, {"x": 1})),
-    "a tensor in two shards": hf(
-        f"{Q_PROJ} ... twice", shards(lambda: {Q_PROJ: weights()[Q_PROJ]}, {1: "a.safetensors", 2: "b.safetensors"})
-    ),
+    "none": hf("missing ... safetensors and pytorch_model ... download it again", remove("model.safetensors")),
+    "a shard less": hf("missing ... download", tensors(lambda t: [t.pop(name) for name in list(t)[::2]])),
+    "a tensor in two shards": hf(f"{Q_PROJ} ... twice", second_shard(lambda: {Q_PROJ: weights()[Q_PROJ]})),
     "a tensor less": hf("norm.weight ... missing ... download", tensors(lambda t: t.pop("model.norm.weight"))),
     "no output layer": hf("weight ... missing ... download", tensors(lambda t: t.pop("lm_head.weight"))),
     "a tensor more": hf("q_proj.bias", tensors(lambda t: t.update({f"{LAYER}self_attn.q_proj.bias": torch.ones(64)}))),
@@ -368,25 +362,25 @@ DISK = {
 QUANTIZED = QUANTIZER.replace("$DIR", "$DIR/../q")
 QUANTIZED_AGAIN = QUANTIZED.replace("model.pth", "model_int8.pth")
 QUANTIZE = {
-    "missing": Case(QUANTIZER, "model.pth: no such file ... prepare.sh", remove("model.pth")),
+    "missing": Case(QUANTIZER, "model.pth: No such file ... prepare.sh", remove("model.pth")),
     "cut short": Case(QUANTIZER, DAMAGED, cut("model.pth", lambda size: size / 2)),
     "quantized already": Case(f"cp -r $DIR $DIR/../q; {QUANTIZED} 2>/dev/null; {QUANTIZED_AGAIN}", "quantized already"),
-    "group size": Case(f"{QUANTIZER} --mode int4 --groupsize 256", "256 does not divide ... choose one of"),
+    "group size": Case(f"{QUANTIZER} --mode int4 --groupsize 256", "group size 256 ... try another"),
     "NaN": Case(QUANTIZER, "NaN", checkpoint(lambda c: c["model"]["norm.weight"].fill_(float("nan")))),
     "text missing": Case(f"{QUANTIZER} --check $DIR/none.txt", "none.txt"),
-    "text not UTF-8": Case(f"{QUANTIZER} --check $DIR/full.txt", "not UTF-8 ... convert", write("full.txt", b"\xff")),
+    "text not UTF-8": Case(f"{QUANTIZER} --check $DIR/full.txt", "decode ... UTF-8", write("full.txt", b"\xff")),
     "text empty": Case(f"{QUANTIZER} --check $DIR/full.txt", "empty", write("full.txt", b"")),
     "disk full": Case(f"ulimit -f 64; {QUANTIZER}", "model_int8.pth was not written"),
 }
 PREPARE = {
-    "nothing of that name": Case("./scripts/prepare.sh no/such/directory", "no/such/directory ... directory ... repository"),
-    "no name": Case("./scripts/prepare.sh ''", "directory ... repository"),
-    "a parent directory": Case("./scripts/prepare.sh ../no-such-directory", "directory ... repository"),
+    "nothing of that name": Case("./scripts/prepare.sh no/such/directory", "no/such/directory ... repository ... directory"),
+    "no name": Case("./scripts/prepare.sh ''", "check the name ... repository ... directory"),
+    "a parent directory": Case("./scripts/prepare.sh ../no-such-directory", "check the name ... repository ... directory"),
     "a file": Case("./scripts/prepare.sh $DIR/config.json", "config.json ... directory"),
-    "an empty directory": Case("mkdir $DIR/../none; ./scripts/prepare.sh $DIR/../none", "config.json: no such file"),
+    "an empty directory": Case("mkdir $DIR/../none; ./scripts/prepare.sh $DIR/../none", "config.json: No such file"),
     "another model": Case("cd $DIR; $ROOT/scripts/prepare.sh .", "model_type", config(model_type="mistral")),
-    "no network": Case("./scripts/prepare.sh no-such-user/no-such-model", "no-such-model ... check the network", env=OFFLINE),
-    "no network, download": Case(DOWNLOAD, "check the network", env=OFFLINE),
+    "no network": Case("./scripts/prepare.sh no-such-user/no-such-model", "no-such-model ... the network", env=OFFLINE),
+    "no network, download": Case(DOWNLOAD, "the network", env=OFFLINE),
     "offline": Case(DOWNLOAD, "HF_HUB_OFFLINE", env={"HF_HUB_OFFLINE": "1"}),
 }
 USAGE = {
@@ -422,6 +416,12 @@ WORKS = {  # says: on stderr
         f"CXX=/no/such/g++ XDG_CACHE_HOME=$DIR/../cache {GENERATE}", "slower ... C++ compiler ... Stopped"
     ),
     "no place for kernels": Case(f"XDG_CACHE_HOME=/dev/null/cache {GENERATE}", "slower ... /dev/null/cache ... Stopped"),
+    "a conversation in which nobody speaks": Case(f"{GENERATE} --interactive < /dev/null", ""),
+    "a conversation without standard input": Case(f"{GENERATE} --interactive <&-", ""),
+    "a line longer than the context": Case(
+        f"cat $DIR/full.txt $DIR/full.txt | {GENERATE} --interactive", "context ... shorten"
+    ),
+    "a line of a conversation not UTF-8": Case(f"printf 'caf\\xe9\\na' | {GENERATE} --interactive", "the line ... UTF-8"),
     "stdout closed": Case(f"{GENERATE} --max_new_tokens 1 >&-", "Stopped"),
     "stderr closed": Case(f"{GENERATE} --max_new_tokens 1 2>&-", ""),
 }

@@ -22,11 +22,14 @@ from scripts import download
 
 REPO = "someone/llama"
 TEXTS = {"config.json", "tokenizer.model", "tokenizer_config.json"}
-UNUSED = {"README.md", "tokenizer.json", "consolidated.00.pth", "original/params.json", "onnx/model.onnx"}
+UNUSED = {
+    "README.md", "tokenizer.json", "consolidated.00.pth", "original/params.json", "onnx/model.onnx", "modeling.py",
+    "model.safetensors.index.json", "pytorch_model.bin.index.json", "training_args.bin", "original/model.safetensors",
+}  # fmt: skip
 SAFETENSORS = {"model.safetensors"}
-SHARDS = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"}
+SHARDS = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
 BIN = {"pytorch_model.bin"}
-BIN_SHARDS = {"pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "pytorch_model.bin.index.json"}
+BIN_SHARDS = {"pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"}
 
 
 class Hub:
@@ -149,18 +152,18 @@ FAILURES = {
     "unknown": (
         "repo_info",
         http(RepositoryNotFoundError, "401 Client Error.\n\nNot Found."),
-        ["no such repository", "hf auth login"],
+        ["Not Found", "check the name", "hf auth login"],
     ),
     "no name of a repository": (
         "repo_info",
         HFValidationError("Repo id must\nbe"),
-        ["neither a local directory nor a repository"],
+        ["Repo id must be", "check the name"],
     ),
     "server": ("repo_info", http(HfHubHTTPError, "500 Server Error:\nInternal"), ["500 Server Error", "then again"]),
-    "no network": ("repo_info", ConnectionError("[Errno -2] Name\nnot known"), ["Name not known", "check the network"]),
-    "offline": ("repo_info", OfflineModeIsEnabled("HF_HUB_OFFLINE=1\nis set"), ["HF_HUB_OFFLINE", "download failed"]),
-    "lost": ("model.safetensors", LocalEntryNotFoundError("Cannot\nfind"), ["Cannot find", "check the network", "resumes"]),
-    "timeout": ("model.safetensors", TimeoutError("timed out"), ["timed out", "check the network", "resumes"]),
+    "no network": ("repo_info", ConnectionError("[Errno -2] Name\nnot known"), ["Name not known", "the network"]),
+    "offline": ("repo_info", OfflineModeIsEnabled("HF_HUB_OFFLINE=1\nis set"), ["HF_HUB_OFFLINE", "not downloaded"]),
+    "lost": ("model.safetensors", LocalEntryNotFoundError("Cannot\nfind"), ["Cannot find", "the network", "resumes"]),
+    "timeout": ("model.safetensors", TimeoutError("timed out"), ["timed out", "the network", "resumes"]),
     "disk full": ("model.safetensors", OSError(errno.ENOSPC, "No space left on device"), ["No space left on device"]),
     "read-only": ("config.json", PermissionError(errno.EACCES, "Permission denied", "checkpoints"), ["Permission denied"]),
 }

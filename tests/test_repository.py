@@ -24,7 +24,7 @@ MAY_IMPORT = {  # who may import whom; what is not named here imports nothing of
     "model": {"kernels"},
     "kernels": {"kernels"},  # its own cpu.py
     "scripts.convert_hf_checkpoint": {"launch", "model", "quantize"},
-    "scripts.download": {"launch", "quantize"},
+    "scripts.download": {"launch", "quantize", "scripts.convert_hf_checkpoint"},
 }
 
 
