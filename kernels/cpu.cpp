@@ -15,6 +15,7 @@
 #endif
 
 using bf16 = uint16_t;
+#define UNROLLED _Pragma("GCC unroll 16")  // so that what an array holds stays in registers
 static constexpr long STRIP = 8;     // output channels that a thread takes at a time
 static constexpr long ROWS = 8;      // rows that one pass over a strip's weights serves
 static constexpr long CHUNK = 256;   // positions of the cache that are one task of attention
@@ -38,24 +39,38 @@ struct Weight {
     const uint8_t *row(long n) const { return data + n * in * bits / 8; }
 };
 
+// 16 numbers of 32, 16, and 8 bits: the compiler makes of them what the CPU has.
+typedef float Lanes __attribute__((vector_size(64)));
+typedef int32_t Words __attribute__((vector_size(64)));
+typedef int16_t Halves __attribute__((vector_size(32)));
+typedef int8_t Levels __attribute__((vector_size(16), aligned(1), may_alias));
+typedef uint8_t Pairs __attribute__((vector_size(16), aligned(1), may_alias));
+
+template <class Bytes> static inline Lanes widen(Bytes x) {  // in steps, each of which is an instruction
+    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(x, Halves), Words), Lanes);
+}
+
+template <bool WHOLE> static inline Lanes load(const bf16 *x, long count) {  // and zeros behind the last
+    Halves half = {};
+    memcpy(&half, x, WHOLE || count >= 16 ? 32 : count * sizeof(bf16));
+    return (Lanes)(__builtin_convertvector(half, Words) << 16);
+}
+
 // 32 channels of output channel n from channel k on, dequantized.
-static inline void decode(const Weight &w, long n, long k, float *out) {
+static inline void decode(const Weight &w, long n, long k, Lanes *out) {
     const uint8_t *p = w.row(n) + k * w.bits / 8;
-    if (w.bits == 16) {
-        for (long i = 0; i < 32; i++) out[i] = to_float(((const bf16 *)p)[i]);
-    } else if (w.bits == 8) {
-        float scale = ((const float *)w.scale)[n];
-        for (long i = 0; i < 32; i++) out[i] = float(((const int8_t *)p)[i]) * scale;
-    } else {
-        long group = n * (w.in / w.groupsize) + k / w.groupsize;
-        float scale = to_float(((const bf16 *)w.scale)[group]), minimum = to_float(w.minimum[group]);
-#ifdef FAST
-        const __m128i pairs = *(const __m128i_u *)p, mask = _mm_set1_epi8(15), even = pairs & mask, odd = _mm_srli_epi16(pairs, 4) & mask;
-        _mm512_storeu_ps(out, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(even, odd))) * scale + minimum);
-        _mm512_storeu_ps(out + 16, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpackhi_epi8(even, odd))) * scale + minimum);
-#else
-        for (long i = 0; i < 32; i++) out[i] = minimum + scale * float(p[i / 2] >> 4 * (i & 1) & 15);
-#endif
+    if (w.bits == 16)
+        out[0] = load<true>((const bf16 *)p, 16), out[1] = load<true>((const bf16 *)p + 16, 16);
+    else if (w.bits == 8)
+        for (int i = 0; i < 2; i++) out[i] = widen(((const Levels *)p)[i]) * ((const float *)w.scale)[n];
+    else {
+        const long group = n * (w.in / w.groupsize) + k / w.groupsize;
+        const float scale = to_float(((const bf16 *)w.scale)[group]), minimum = to_float(w.minimum[group]);
+        const Pairs a = *(const Pairs *)p & 15, b = *(const Pairs *)p >> 4;
+        const Pairs low = {a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3], a[4], b[4], a[5], b[5], a[6], b[6], a[7], b[7]};
+        const Pairs high = {a[8], b[8], a[9], b[9], a[10], b[10], a[11], b[11], a[12], b[12], a[13], b[13], a[14], b[14], a[15], b[15]};
+        out[0] = widen(low) * scale + minimum;
+        out[1] = widen(high) * scale + minimum;
     }
 }
 
@@ -73,16 +88,11 @@ struct Rows {
 // 4w to 4w + 3, look-up p (after a shift by 4p) gives the channels 4w + p: `arrange` brings the activations into that order,
 // once a call. Each float lane of a sum then covers 8 neighbouring channels, so a block's scales are one vector of lanes.
 static void arrange(const bf16 *x, bf16 *out) {
-    alignas(64) static const auto index = [] {
-        std::vector<uint16_t> words(4 * 32);
-        for (int p = 0; p < 4; p++)
-            for (int w = 0; w < 32; w++) words[p * 32 + w] = uint16_t((4 * w + p) & 63);
-        return words;
-    }();
+    const Words lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     __m512i a = _mm512_loadu_si512(x), b = _mm512_loadu_si512(x + 32);
     __m512i c = _mm512_loadu_si512(x + 64), d = _mm512_loadu_si512(x + 96);
     for (int p = 0; p < 4; p++) {
-        __m512i order = _mm512_loadu_si512(index.data() + p * 32);
+        __m512i order = (__m512i)(lane * 0x80008 + 0x40000 + p * 0x10001);  // 16-bit words 4w + p, of which 6 bits count
         __m512i low = _mm512_permutex2var_epi16(a, order, b), high = _mm512_permutex2var_epi16(c, order, d);
         _mm512_storeu_si512(out + p * 32, _mm512_mask_mov_epi16(low, 0xFFFF0000, high));
     }
@@ -97,12 +107,8 @@ template <int V> static inline void unpack(__m512i v, __m512i levels, __m512bh *
             __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(half)));
             q[i] = _mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(half, 1))), low);
         }
-    if constexpr (V == 4) {
-        q[0] = (__m512bh)_mm512_permutexvar_epi16(v, levels);
-        q[1] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(v, 4), levels);
-        q[2] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(v, 8), levels);
-        q[3] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(v, 12), levels);
-    }
+    if constexpr (V == 4)
+        UNROLLED for (int i = 0; i < 4; i++) q[i] = (__m512bh)_mm512_permutexvar_epi16((__m512i)((__v32hu)v >> 4 * i), levels);
 }
 
 // R output channels from n on, times M rows from `first` on: every weight is decoded once for the M rows. The unrolling
@@ -111,29 +117,24 @@ template <int V> static inline void unpack(__m512i v, __m512i levels, __m512bh *
 template <int V, int M, int R> static void block(const Weight &w, const Rows &rows, long first, long n, bf16 *y) {
     const long bytes = w.in * w.bits / 8, padded = rows.padded, groups = rows.groups;
     const bf16 *x = rows.x.data() + first * padded;
-    const __m512i levels = (__m512i)_mm512_cvtne2ps_pbh(  // 0 to 15, twice
-        _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-        _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
     const int shift = V == 4 ? __builtin_ctzl(w.groupsize) : 0;
-    // The group of each lane within a block, as the word index that puts a bfloat16 scale into the upper half of the lane.
     const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i levels = (__m512i)_mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(lane), _mm512_cvtepi32_ps(lane));  // 0 to 15, twice
+    // The group of each lane within a block, as the word index that puts a bfloat16 scale into the upper half of the lane.
     const __m512i group = _mm512_slli_epi32(_mm512_srl_epi32(_mm512_slli_epi32(lane, 3), _mm_cvtsi32_si128(shift)), 16);
     const uint8_t *p[R];
     const bf16 *scales[R], *minima[R];
     __m512 sum[R][M];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
+    UNROLLED for (int r = 0; r < R; r++) {
         p[r] = w.row(n + r);
         scales[r] = (const bf16 *)w.scale + (n + r) * groups;
         minima[r] = w.minimum + (n + r) * groups;
-#pragma GCC unroll 8
-        for (int m = 0; m < M; m++) sum[r][m] = _mm512_setzero_ps();
+        UNROLLED for (int m = 0; m < M; m++) sum[r][m] = _mm512_setzero_ps();
     }
     auto step = [&](long b, __mmask64 inside, __mmask8 few) __attribute__((always_inline)) {
         __m512bh q[R][V];
         __m512 scale[R];
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
+        UNROLLED for (int r = 0; r < R; r++) {
             _mm_prefetch((const char *)p[r] + b + AHEAD, _MM_HINT_T0);
             unpack<V>(_mm512_maskz_loadu_epi8(inside, p[r] + b), levels, q[r]);
             if constexpr (V == 4) {
@@ -144,13 +145,10 @@ template <int V, int M, int R> static void block(const Weight &w, const Rows &ro
                 scale[r] = (__m512)_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, group, words);
             }
         }
-#pragma GCC unroll 8
-        for (int m = 0; m < M; m++)
-#pragma GCC unroll 8
-            for (int r = 0; r < R; r++) {
+        UNROLLED for (int m = 0; m < M; m++)
+            UNROLLED for (int r = 0; r < R; r++) {
                 __m512 d = V == 4 ? _mm512_setzero_ps() : sum[r][m];
-#pragma GCC unroll 8
-                for (int v = 0; v < V; v++)
+                UNROLLED for (int v = 0; v < V; v++)
                     d = _mm512_dpbf16_ps(d, q[r][v], (__m512bh)_mm512_loadu_si512(x + m * padded + b / 2 * V + 32 * v));
                 sum[r][m] = V == 4 ? _mm512_fmadd_ps(d, scale[r], sum[r][m]) : d;
             }
@@ -159,10 +157,8 @@ template <int V, int M, int R> static void block(const Weight &w, const Rows &ro
     const __mmask8 some = (1 << std::max(1, 128 >> shift)) - 1, last = (1 << (((2 * rest - 1) >> shift) + 1)) - 1;
     for (long b = 0; b < whole; b += 64) step(b, ~0ull, some);
     if (rest) step(whole, (1ull << rest) - 1, last);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-        for (int m = 0; m < M; m++) {
+    UNROLLED for (int r = 0; r < R; r++)
+        UNROLLED for (int m = 0; m < M; m++) {
             const float *sums = rows.sums.data() + (first + m) * groups;
             for (long g = 0; V == 4 && g < groups; g += 16) {
                 const __mmask16 inside = groups - g >= 16 ? 0xFFFF : __mmask16((1 << (groups - g)) - 1);
@@ -182,26 +178,25 @@ template <int V, int M> static void channels(const Weight &w, const Rows &rows, 
     for (; n < end; n++) block<V, M, 1>(w, rows, first, n, y);
 }
 
-template <int V> static constexpr decltype(&channels<V, 1>) KERNELS[ROWS] = {
-    channels<V, 1>, channels<V, 2>, channels<V, 3>, channels<V, 4>, channels<V, 5>, channels<V, 6>, channels<V, 7>, channels<V, 8>};
+template <int V> static constexpr decltype(&channels<V, 1>) KERNELS[] = {channels<V, 1>, channels<V, 2>, channels<V, 3>, channels<V, 4>, channels<V, 5>, channels<V, 6>, channels<V, 7>, channels<V, 8>};
 
 static void strip(const Weight &w, const Rows &rows, long first, long count, long n, long end, bf16 *y) {
     (w.bits == 4 ? KERNELS<4> : w.bits == 8 ? KERNELS<2> : KERNELS<1>)[count - 1](w, rows, first, n, end, y);
 }
 #else
-// For any CPU: 32 sums a row, which the compiler makes vectors.
+// For any CPU: 32 sums a row.
 static void strip(const Weight &w, const Rows &rows, long first, long count, long n, long end, bf16 *y) {
     for (; n < end; n++) {
-        float sums[ROWS][32] = {}, weight[32];
+        Lanes sum[ROWS][2] = {}, weight[2];
         for (long k = 0; k < w.in; k += 32) {
             decode(w, n, k, weight);
             for (long m = 0; m < count; m++)
-                for (long i = 0; i < 32; i++) sums[m][i] += weight[i] * to_float(rows.x[(first + m) * rows.padded + k + i]);
+                for (int i = 0; i < 2; i++) sum[m][i] += weight[i] * load<true>(&rows.x[(first + m) * rows.padded + k + 16 * i], 16);
         }
         for (long m = 0; m < count; m++) {
-            float sum = 0;
-            for (long i = 0; i < 32; i++) sum += sums[m][i];
-            y[(first + m) * w.out + n] = to_bf16(sum);
+            float total = 0;
+            for (int i = 0; i < 16; i++) total += sum[m][0][i] + sum[m][1][i];
+            y[(first + m) * w.out + n] = to_bf16(total);
         }
     }
 }
@@ -216,10 +211,9 @@ static void prepare(const Weight &w, const bf16 *x, long count, Rows &rows) {
         bf16 *row = rows.x.data() + m * rows.padded;
         memcpy(row, x + m * w.in, w.in * sizeof(bf16));
         for (long g = 0; g < rows.groups; g++) {
-            float lanes[32] = {}, sum = 0;
-            for (long k = g * w.groupsize; k < (g + 1) * w.groupsize; k += 32)
-                for (long i = 0; i < 32; i++) lanes[i] += to_float(row[k + i]);
-            for (long i = 0; i < 32; i++) sum += lanes[i];
+            float sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (long k = g * w.groupsize; k < (g + 1) * w.groupsize; k++) sum += to_float(row[k]);
             rows.sums[m * rows.groups + g] = sum;
         }
 #ifdef FAST
@@ -250,14 +244,13 @@ extern "C" void dequantize(const uint8_t *data, const void *scale, const bf16 *m
 #pragma omp parallel for schedule(static)
     for (long n = 0; n < out; n++)
         for (long k = 0; k < in; k += 32) {
-            float values[32];
+            Lanes values[2];
             decode(w, n, k, values);
-            bf16 *narrow = (bf16 *)y + n * in + k;
             if (wide) memcpy((float *)y + n * in + k, values, sizeof values);
 #ifdef FAST
-            else _mm512_storeu_si512(narrow, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(values + 16), _mm512_loadu_ps(values)));
+            else _mm512_storeu_si512((bf16 *)y + n * in + k, (__m512i)_mm512_cvtne2ps_pbh(values[1], values[0]));
 #else
-            else for (long i = 0; i < 32; i++) narrow[i] = to_bf16(values[i]);
+            else for (long i = 0; i < 32; i++) ((bf16 *)y)[n * in + k + i] = to_bf16(values[i / 16][i % 16]);
 #endif
         }
 }
@@ -270,27 +263,39 @@ static inline float exponential(float x) {
     return p * __builtin_bit_cast(float, (int32_t(n) + 127) << 23);
 }
 
+static inline Lanes sums(Lanes *x) {  // of each of 16 vectors, one in a lane
+    UNROLLED for (int count = 8; count; count /= 2)
+        UNROLLED for (int i = 0; i < count; i++) {
+            const Lanes a = x[2 * i], b = x[2 * i + 1];
+            const Lanes even = {a[0], a[2], a[4], a[6], a[8], a[10], a[12], a[14], b[0], b[2], b[4], b[6], b[8], b[10], b[12], b[14]};
+            const Lanes odd = {a[1], a[3], a[5], a[7], a[9], a[11], a[13], a[15], b[1], b[3], b[5], b[7], b[9], b[11], b[13], b[15]};
+            x[i] = even + odd;
+        }
+    return x[0];
+}
+
 // Softmax-weighted sum of `count` values for one query: out = sum of exp(score - maximum) * v, then that maximum, then
-// the sum of the exponentials.
-static void attend(const float *q, const bf16 *k, const bf16 *v, long count, long head_dim, float *out) {
-    float scores[CHUNK + 3], top = -INFINITY, total = 0;
-    for (long j = 0; j < count; j++) {
-        float score = 0;
-#pragma omp simd reduction(+ : score)
-        for (long i = 0; i < head_dim; i++) score += q[i] * to_float(k[j * head_dim + i]);
-        scores[j] = score;
-        top = std::max(top, score);
+// the sum of the exponentials. SIZE is head_dim where the compiler is to know it, or 0.
+template <long SIZE> static void attend(const bf16 *q, const bf16 *k, const bf16 *v, long count, long any, float *out) {
+    const long head_dim = SIZE ? SIZE : any;
+    float scores[CHUNK + 15], top = -INFINITY, total = 0;
+    for (long j = 0; j < count; j += 16) {
+        Lanes dots[16] = {};
+        UNROLLED for (long n = 0; n < 16; n++) {
+            const bf16 *key = k + std::min(j + n, count - 1) * head_dim;
+            for (long i = 0; i < head_dim; i += 16) dots[n] += load<SIZE != 0>(q + i, head_dim - i) * load<SIZE != 0>(key + i, head_dim - i);
+        }
+        const Lanes all = sums(dots) / std::sqrt(float(head_dim));
+        memcpy(scores + j, &all, sizeof all);
     }
-    for (long j = 0; j < count; j++) scores[j] = exponential(scores[j] - top);
-    for (long j = 0; j < count; j++) total += scores[j];
-    std::fill(out, out + head_dim, 0.0f);
-    for (long j = 0; j < count; j += 4) {  // four positions at a time: a fourth of the traffic on `out`
-        const long n = std::min(4l, count - j);
-        const bf16 *a = v + j * head_dim, *b = a + (n > 1) * head_dim, *c = a + (n > 2) * 2 * head_dim, *d = a + (n > 3) * 3 * head_dim;
-        const float s = scores[j], t = n > 1 ? scores[j + 1] : 0, u = n > 2 ? scores[j + 2] : 0, w = n > 3 ? scores[j + 3] : 0;
-#pragma omp simd
-        for (long i = 0; i < head_dim; i++)
-            out[i] += (s * to_float(a[i]) + t * to_float(b[i])) + (u * to_float(c[i]) + w * to_float(d[i]));
+    for (long j = 0; j < count; j++) top = std::max(top, scores[j]);
+#pragma omp simd reduction(+ : total)
+    for (long j = 0; j < count; j++) total += scores[j] = exponential(scores[j] - top);
+    for (long i = 0; i < head_dim; i += 64) {  // four sums at a time stay in registers
+        Lanes sum[4] = {};
+        for (long j = 0; j < count; j++)
+            UNROLLED for (long n = 0; n < 4 && i + 16 * n < head_dim; n++) sum[n] += scores[j] * load<SIZE != 0>(v + j * head_dim + i + 16 * n, head_dim - i - 16 * n);
+        memcpy(out + i, sum, std::min(64l, head_dim - i) * sizeof(float));
     }
     out[head_dim] = top;
     out[head_dim + 1] = total;
@@ -301,24 +306,24 @@ static void attend(const float *q, const bf16 *k, const bf16 *v, long count, lon
 extern "C" void attention(const bf16 *qkv, const float *rope, long start, long rows, long n_head, long n_kv_head, long head_dim,
                           long positions, bf16 *k_cache, bf16 *v_cache, bf16 *y) {
     const long group = n_head / n_kv_head, half = head_dim / 2, chunks = (start + rows + CHUNK - 1) / CHUNK, size = head_dim + 2;
-    const float scale = 1.0f / std::sqrt(float(head_dim));
-    thread_local std::vector<float> queries, partial;
+    const auto attend_to = head_dim == 64 ? attend<64> : head_dim == 128 ? attend<128> : attend<0>;
+    thread_local std::vector<bf16> queries;
+    thread_local std::vector<float> partial;
     queries.resize(rows * n_head * head_dim);
     partial.resize(chunks * rows * n_head * size);
-    float *q = queries.data(), *parts = partial.data();
+    bf16 *q = queries.data();
+    float *parts = partial.data();
     for (long s = 0; s < rows; s++) {
         const bf16 *x = qkv + s * (n_head + 2 * n_kv_head) * head_dim;
         const float *cos = rope + s * head_dim, *sin = cos + half;
-        for (long h = 0; h < n_head + n_kv_head; h++, x += head_dim)
+        for (long h = 0; h < n_head + n_kv_head; h++, x += head_dim) {
+            bf16 *to = h < n_head ? q + (s * n_head + h) * head_dim : k_cache + ((h - n_head) * positions + start + s) * head_dim;
             for (long i = 0; i < half; i++) {
                 const float a = to_float(x[i]), b = to_float(x[i + half]);
-                const bf16 turned[2] = {to_bf16(a * cos[i] - b * sin[i]), to_bf16(b * cos[i] + a * sin[i])};
-                bf16 *key = k_cache + ((h - n_head) * positions + start + s) * head_dim + i;
-                float *query = q + (s * n_head + h) * head_dim + i;
-                for (int part = 0; part < 2; part++)
-                    if (h < n_head) query[part * half] = to_float(turned[part]) * scale;
-                    else key[part * half] = turned[part];
+                to[i] = to_bf16(a * cos[i] - b * sin[i]);
+                to[i + half] = to_bf16(b * cos[i] + a * sin[i]);
             }
+        }
         for (long h = 0; h < n_kv_head; h++, x += head_dim)
             memcpy(v_cache + (h * positions + start + s) * head_dim, x, head_dim * sizeof(bf16));
     }
@@ -328,8 +333,8 @@ extern "C" void attention(const bf16 *qkv, const float *rope, long start, long r
             const long offset = (h * positions + c * CHUNK) * head_dim;
             for (long s = 0; s < rows; s++)
                 for (long head = h * group; head < (h + 1) * group && c * CHUNK <= start + s; head++)
-                    attend(q + (s * n_head + head) * head_dim, k_cache + offset, v_cache + offset,
-                           std::min(CHUNK, start + s + 1 - c * CHUNK), head_dim, parts + ((s * n_head + head) * chunks + c) * size);
+                    attend_to(q + (s * n_head + head) * head_dim, k_cache + offset, v_cache + offset,
+                              std::min(CHUNK, start + s + 1 - c * CHUNK), head_dim, parts + ((s * n_head + head) * chunks + c) * size);
         }
 #pragma omp parallel for schedule(static)
     for (long i = 0; i < rows * n_head; i++) {  // the chunks of a row and head, up to its own position, in their order
