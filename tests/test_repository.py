@@ -96,9 +96,8 @@ def readme_commands() -> list[list[str]]:
     commands = []
     for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", README, flags=re.S):
         for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line.replace("$DEVICE", "cpu"), comments=True)
-            if words and words[0] in ("python", "torchrun"):
-                commands.append(words)
+            if line.startswith(("python ", "torchrun ")):
+                commands.append(shlex.split(line.replace("$DEVICE", "cpu"), comments=True))
     return commands
 
 
