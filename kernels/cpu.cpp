@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(PORTABLE)
 #include <immintrin.h>
@@ -39,20 +40,21 @@ struct Weight {
     const uint8_t *row(long n) const { return data + n * in * bits / 8; }
 };
 
-// 16 numbers of 32, 16, and 8 bits: the compiler makes of them what the CPU has.
-typedef float Lanes __attribute__((vector_size(64)));
-typedef int32_t Words __attribute__((vector_size(64)));
-typedef int16_t Halves __attribute__((vector_size(32)));
-typedef int8_t Levels __attribute__((vector_size(16), aligned(1), may_alias));
-typedef uint8_t Pairs __attribute__((vector_size(16), aligned(1), may_alias));
+// N numbers of 32, 16 and 8 bits, as many as the CPU's vectors hold of 32.
+static constexpr int N = __BIGGEST_ALIGNMENT__ >= 64 ? 16 : __BIGGEST_ALIGNMENT__ >= 32 ? 8 : 4;
+typedef float Lanes __attribute__((vector_size(4 * N)));
+typedef int32_t Words __attribute__((vector_size(4 * N)));
+typedef int16_t Halves __attribute__((vector_size(2 * N)));
+typedef int8_t Levels __attribute__((vector_size(N), aligned(1), may_alias));
+typedef uint8_t Pairs __attribute__((vector_size(N), aligned(1), may_alias));
 
 template <class Bytes> static inline Lanes widen(Bytes x) {  // in steps, each of which is an instruction
     return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(x, Halves), Words), Lanes);
 }
 
-template <bool WHOLE> static inline Lanes load(const bf16 *x, long count) {  // and zeros behind the last
+template <bool WHOLE = true> static inline Lanes load(const bf16 *x, long count = N) {  // and zeros behind the last
     Halves half = {};
-    memcpy(&half, x, WHOLE || count >= 16 ? 32 : count * sizeof(bf16));
+    WHOLE || count >= N ? memcpy(&half, x, 2 * N) : memcpy(&half, x, count * sizeof(bf16));
     return (Lanes)(__builtin_convertvector(half, Words) << 16);
 }
 
@@ -60,17 +62,16 @@ template <bool WHOLE> static inline Lanes load(const bf16 *x, long count) {  // 
 static inline void decode(const Weight &w, long n, long k, Lanes *out) {
     const uint8_t *p = w.row(n) + k * w.bits / 8;
     if (w.bits == 16)
-        out[0] = load<true>((const bf16 *)p, 16), out[1] = load<true>((const bf16 *)p + 16, 16);
+        UNROLLED for (int i = 0; i < 32 / N; i++) out[i] = load((const bf16 *)p + N * i);
     else if (w.bits == 8)
-        for (int i = 0; i < 2; i++) out[i] = widen(((const Levels *)p)[i]) * ((const float *)w.scale)[n];
+        UNROLLED for (int i = 0; i < 32 / N; i++) out[i] = widen(((const Levels *)p)[i]) * ((const float *)w.scale)[n];
     else {
         const long group = n * (w.in / w.groupsize) + k / w.groupsize;
         const float scale = to_float(((const bf16 *)w.scale)[group]), minimum = to_float(w.minimum[group]);
-        const Pairs a = *(const Pairs *)p & 15, b = *(const Pairs *)p >> 4;
-        const Pairs low = {a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3], a[4], b[4], a[5], b[5], a[6], b[6], a[7], b[7]};
-        const Pairs high = {a[8], b[8], a[9], b[9], a[10], b[10], a[11], b[11], a[12], b[12], a[13], b[13], a[14], b[14], a[15], b[15]};
-        out[0] = widen(low) * scale + minimum;
-        out[1] = widen(high) * scale + minimum;
+        UNROLLED for (int i = 0; i < 16 / N; i++) {
+            const Halves pair = __builtin_convertvector(((const Pairs *)p)[i], Halves), two = (pair & 15) | (pair >> 4 << 8);
+            UNROLLED for (int h = 0; h < 2; h++) out[2 * i + h] = widen(((const Levels *)&two)[h]) * scale + minimum;
+        }
     }
 }
 
@@ -117,7 +118,7 @@ template <int V> static inline void unpack(__m512i v, __m512i levels, __m512bh *
 template <int V, int M, int R> static void block(const Weight &w, const Rows &rows, long first, long n, bf16 *y) {
     const long bytes = w.in * w.bits / 8, padded = rows.padded, groups = rows.groups;
     const bf16 *x = rows.x.data() + first * padded;
-    const int shift = V == 4 ? __builtin_ctzl(w.groupsize) : 0;
+    const int shift = V == 4 ? __builtin_ctzl(w.groupsize) : 7;
     const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i levels = (__m512i)_mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(lane), _mm512_cvtepi32_ps(lane));  // 0 to 15, twice
     // The group of each lane within a block, as the word index that puts a bfloat16 scale into the upper half of the lane.
@@ -178,24 +179,25 @@ template <int V, int M> static void channels(const Weight &w, const Rows &rows, 
     for (; n < end; n++) block<V, M, 1>(w, rows, first, n, y);
 }
 
-template <int V> static constexpr decltype(&channels<V, 1>) KERNELS[] = {channels<V, 1>, channels<V, 2>, channels<V, 3>, channels<V, 4>, channels<V, 5>, channels<V, 6>, channels<V, 7>, channels<V, 8>};
+template <int V> static constexpr decltype(&channels<V, 1>) KERNELS[] = {
+    channels<V, 1>, channels<V, 2>, channels<V, 3>, channels<V, 4>, channels<V, 5>, channels<V, 6>, channels<V, 7>, channels<V, 8>};
 
 static void strip(const Weight &w, const Rows &rows, long first, long count, long n, long end, bf16 *y) {
     (w.bits == 4 ? KERNELS<4> : w.bits == 8 ? KERNELS<2> : KERNELS<1>)[count - 1](w, rows, first, n, end, y);
 }
 #else
-// For any CPU: 32 sums a row.
+// For any other CPU: 32 sums a row.
 static void strip(const Weight &w, const Rows &rows, long first, long count, long n, long end, bf16 *y) {
     for (; n < end; n++) {
-        Lanes sum[ROWS][2] = {}, weight[2];
+        Lanes sum[ROWS][32 / N] = {}, weight[32 / N];
         for (long k = 0; k < w.in; k += 32) {
             decode(w, n, k, weight);
             for (long m = 0; m < count; m++)
-                for (int i = 0; i < 2; i++) sum[m][i] += weight[i] * load<true>(&rows.x[(first + m) * rows.padded + k + 16 * i], 16);
+                UNROLLED for (int i = 0; i < 32 / N; i++) sum[m][i] += weight[i] * load(&rows.x[(first + m) * rows.padded + k + N * i]);
         }
         for (long m = 0; m < count; m++) {
             float total = 0;
-            for (int i = 0; i < 16; i++) total += sum[m][0][i] + sum[m][1][i];
+            for (int i = 0; i < 32; i++) total += sum[m][i / N][i % N];
             y[(first + m) * w.out + n] = to_bf16(total);
         }
     }
@@ -244,18 +246,18 @@ extern "C" void dequantize(const uint8_t *data, const void *scale, const bf16 *m
 #pragma omp parallel for schedule(static)
     for (long n = 0; n < out; n++)
         for (long k = 0; k < in; k += 32) {
-            Lanes values[2];
+            Lanes values[32 / N];
             decode(w, n, k, values);
             if (wide) memcpy((float *)y + n * in + k, values, sizeof values);
 #ifdef FAST
             else _mm512_storeu_si512((bf16 *)y + n * in + k, (__m512i)_mm512_cvtne2ps_pbh(values[1], values[0]));
 #else
-            else for (long i = 0; i < 32; i++) ((bf16 *)y)[n * in + k + i] = to_bf16(values[i / 16][i % 16]);
+            else for (long i = 0; i < 32; i++) ((bf16 *)y)[n * in + k + i] = to_bf16(((const float *)values)[i]);
 #endif
         }
 }
 
-// e to the x <= 0 within 2 ulp, in operations that vectorize: 2 to the integer part times a polynomial of the rest.
+// e to the x <= 0 within 3 ulp (from -87 on), in operations that vectorize: 2 to the integer part times a polynomial of the rest.
 static inline float exponential(float x) {
     x = std::max(x, -87.0f);
     float n = std::nearbyint(x * 1.44269504f), r = x - n * 0.693359375f + n * 2.12194440e-4f;
@@ -263,14 +265,13 @@ static inline float exponential(float x) {
     return p * __builtin_bit_cast(float, (int32_t(n) + 127) << 23);
 }
 
-static inline Lanes sums(Lanes *x) {  // of each of 16 vectors, one in a lane
-    UNROLLED for (int count = 8; count; count /= 2)
-        UNROLLED for (int i = 0; i < count; i++) {
-            const Lanes a = x[2 * i], b = x[2 * i + 1];
-            const Lanes even = {a[0], a[2], a[4], a[6], a[8], a[10], a[12], a[14], b[0], b[2], b[4], b[6], b[8], b[10], b[12], b[14]};
-            const Lanes odd = {a[1], a[3], a[5], a[7], a[9], a[11], a[13], a[15], b[1], b[3], b[5], b[7], b[9], b[11], b[13], b[15]};
-            x[i] = even + odd;
-        }
+template <int... I> static inline Lanes fold(Lanes a, Lanes b, std::integer_sequence<int, I...>) {  // neighbours are added
+    return Lanes{(2 * I < N ? a : b)[2 * I % N]...} + Lanes{(2 * I < N ? a : b)[2 * I % N + 1]...};
+}
+
+static inline Lanes lane_sums(Lanes *x) {  // of each of N vectors, one in a lane
+    UNROLLED for (int count = N / 2; count; count /= 2)
+        UNROLLED for (int i = 0; i < count; i++) x[i] = fold(x[2 * i], x[2 * i + 1], std::make_integer_sequence<int, N>());
     return x[0];
 }
 
@@ -278,24 +279,26 @@ static inline Lanes sums(Lanes *x) {  // of each of 16 vectors, one in a lane
 // the sum of the exponentials. SIZE is head_dim where the compiler is to know it, or 0.
 template <long SIZE> static void attend(const bf16 *q, const bf16 *k, const bf16 *v, long count, long any, float *out) {
     const long head_dim = SIZE ? SIZE : any;
-    float scores[CHUNK + 15], top = -INFINITY, total = 0;
-    for (long j = 0; j < count; j += 16) {
-        Lanes dots[16] = {};
-        UNROLLED for (long n = 0; n < 16; n++) {
+    float scores[CHUNK], top = -INFINITY, total = 0;
+    for (long j = 0; j < count; j += N) {
+        Lanes dots[N] = {};
+        UNROLLED for (long n = 0; n < N; n++) {
             const bf16 *key = k + std::min(j + n, count - 1) * head_dim;
-            for (long i = 0; i < head_dim; i += 16) dots[n] += load<SIZE != 0>(q + i, head_dim - i) * load<SIZE != 0>(key + i, head_dim - i);
+            for (long i = 0; i < head_dim; i += N)
+                dots[n] += load<SIZE != 0>(q + i, head_dim - i) * load<SIZE != 0>(key + i, head_dim - i);
         }
-        const Lanes all = sums(dots) / std::sqrt(float(head_dim));
+        const Lanes all = lane_sums(dots) / std::sqrt(float(head_dim));
         memcpy(scores + j, &all, sizeof all);
     }
     for (long j = 0; j < count; j++) top = std::max(top, scores[j]);
 #pragma omp simd reduction(+ : total)
     for (long j = 0; j < count; j++) total += scores[j] = exponential(scores[j] - top);
-    for (long i = 0; i < head_dim; i += 64) {  // four sums at a time stay in registers
+    for (long i = 0; i < head_dim; i += 4 * N) {  // four sums at a time stay in registers
         Lanes sum[4] = {};
         for (long j = 0; j < count; j++)
-            UNROLLED for (long n = 0; n < 4 && i + 16 * n < head_dim; n++) sum[n] += scores[j] * load<SIZE != 0>(v + j * head_dim + i + 16 * n, head_dim - i - 16 * n);
-        memcpy(out + i, sum, std::min(64l, head_dim - i) * sizeof(float));
+            UNROLLED for (long n = 0; n < 4; n++)
+                if (const long at = i + N * n; at < head_dim) sum[n] += scores[j] * load<SIZE != 0>(v + j * head_dim + at, head_dim - at);
+        memcpy(out + i, sum, std::min(4l * N, head_dim - i) * sizeof(float));
     }
     out[head_dim] = top;
     out[head_dim + 1] = total;
@@ -307,10 +310,8 @@ extern "C" void attention(const bf16 *qkv, const float *rope, long start, long r
                           long positions, bf16 *k_cache, bf16 *v_cache, bf16 *y) {
     const long group = n_head / n_kv_head, half = head_dim / 2, chunks = (start + rows + CHUNK - 1) / CHUNK, size = head_dim + 2;
     const auto attend_to = head_dim == 64 ? attend<64> : head_dim == 128 ? attend<128> : attend<0>;
-    thread_local std::vector<bf16> queries;
-    thread_local std::vector<float> partial;
-    queries.resize(rows * n_head * head_dim);
-    partial.resize(chunks * rows * n_head * size);
+    std::vector<bf16> queries(rows * n_head * head_dim);
+    std::vector<float> partial(chunks * rows * n_head * size);
     bf16 *q = queries.data();
     float *parts = partial.data();
     for (long s = 0; s < rows; s++) {
