@@ -5,8 +5,6 @@
 Token ids go in and come out of `generate`; only `main` knows text, flags and the terminal.
 """
 
-import launch  # isort: skip  # noqa: F401
-
 import argparse
 import math
 import os
@@ -18,13 +16,13 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import sentencepiece
-import torch
-from torch import Tensor, nn
-
 from kernels import cpu
 from model import Transformer
 from quantize import DEVICES, Checkpoint, load_model, read_checkpoint, run, utf8
+
+import sentencepiece
+import torch
+from torch import Tensor, nn
 
 PREFILL_ROWS = 512  # a prompt runs in chunks of so many rows: bounded memory, and Ctrl-C is heard in between
 
@@ -233,19 +231,16 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor) -> None:
-        self.tokenizer, self.front = tokenizer, tokenizer.encode("a")
-        self.waiting: list[int] = []
+        self.tokenizer, self.front, self.waiting = tokenizer, tokenizer.encode("a"), []
 
-    def push(self, token: int) -> str:
-        self.waiting += [token] if token < self.tokenizer.vocab_size() else []  # a padded vocabulary has ids without a piece
-        return "" if self.text().endswith("\N{REPLACEMENT CHARACTER}") else self.finish()
-
-    def text(self) -> str:
-        return self.tokenizer.decode(self.front + self.waiting)[1:]
-
-    def finish(self) -> str:
-        """The text of what still waits."""
-        text, self.waiting = self.text(), []
+    def push(self, token: int | None) -> str:
+        """The text that `token` makes certain; None is the end, which makes all certain."""
+        # a padded vocabulary has ids without a piece
+        self.waiting += [token] if token is not None and token < self.tokenizer.vocab_size() else []
+        text = self.tokenizer.decode(self.front + self.waiting)[1:]
+        if token is not None and text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self.waiting = []
         return text
 
 
@@ -277,9 +272,10 @@ class Session:
             text = f"[INST] {(system + text).strip()} [/INST]"
         elif system and not before:
             text = f"{system}\n{text}"
+        text = utf8(text.encode("utf-8", "surrogateescape"), "what was said")
         ids = [*before, *[tokenizer.bos_id()] * (self.chat or not before), *tokenizer.encode(text)]
         if len(ids) > context:
-            raise ValueError(f"{len(ids)} tokens and a context of {context}: shorten the prompt, or /clear the conversation")
+            raise ValueError(f"{len(ids)} tokens, but a context of {context}: /clear it, or shorten the prompt or --system")
         return ids
 
     def answer(self, prompt: list[int], i: int = 0) -> list[int]:
@@ -301,10 +297,11 @@ class Session:
         except KeyboardInterrupt:
             if not self.args.interactive:
                 raise
-        print(stream.finish(), end="\n" * (self.args.interactive or sys.stdout.isatty()), flush=True)
+        print(stream.push(None), end="\n" * (self.args.interactive or sys.stdout.isatty()), flush=True)
         first, seconds = first or time.perf_counter() - start, max(end - first, 1e-9)
-        for each in self.engines:
-            each.keep(prompt + ids)
+        with suppress(KeyboardInterrupt) if self.args.interactive else nullcontext():
+            for each in self.engines:
+                each.keep(prompt + ids)
         weights = sum(t.nbytes for name, t in engine.model.state_dict().items() if name != "tok_embeddings.weight")
         cuda = self.args.device == "cuda"
         peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -344,7 +341,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint_path", type=Path, required=True, help="model.pth, or what quantize.py made of it")
     add("--prompt", default="Hello, my name is", help='text to continue; "-" reads standard input')
-    add("--interactive", action="store_true", help="a conversation: answers each line of standard input")
+    add("--interactive", action="store_true", help="a conversation: each line of standard input in place of --prompt")
     add("--system", default="", help="text that comes before everything, as a chat model's instructions where it is one")
     add("--raw", action="store_true", help="let a chat model go on with the text as it is, without its template")
     add("--num_samples", type=between(1), default=1, help="answers; answer i uses seed + i (1)")
@@ -404,13 +401,15 @@ def open_session(args: argparse.Namespace, make_engine: Callable = lambda _, *pa
 def read_prompt(text: str) -> str:
     """The prompt, from standard input where `text` is "-". ValueError where it is empty or not UTF-8."""
     piped = sys.stdin.buffer.read().removesuffix(b"\n") if text == "-" else b""
-    return utf8(piped if text == "-" else os.fsencode(text), "the prompt (--prompt, or standard input)")
+    return utf8(piped if text == "-" else text.encode("utf-8", "surrogateescape"), "the prompt (--prompt, or standard input)")
 
 
 def answer_all(session: Session, texts: list[str]) -> None:
-    """Print num_samples answers to each prompt, with statistics."""
+    """Print num_samples answers to each prompt, with statistics; or hold a conversation instead."""
     profile, prompts = session.args.profile, [session.encode(text) for text in texts]
     with torch.profiler.profile() if profile else nullcontext() as trace:
+        if session.args.interactive:
+            converse(session)
         for prompt, i in [(prompt, i) for prompt in prompts for i in range(session.args.num_samples)]:
             print("\n" * bool(session.table), end="")
             session.answer(prompt, i)
@@ -426,7 +425,8 @@ def converse(session: Session) -> None:
     """
     tokenizer, keyboard, ids = session.checkpoint.tokenizer, sys.stdin.isatty(), []
     closing = [tokenizer.piece_to_id("\u2581"), tokenizer.eos_id()] * session.chat  # the template's space and EOS
-    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape", newline="\n")
+    session.encode("Hello")  # or --system leaves no room for anything
     if keyboard:
         with suppress(ImportError):
             import readline  # noqa: F401, PLC0415  input() then edits the line, and has a history
@@ -437,12 +437,12 @@ def converse(session: Session) -> None:
             if text == "/clear":
                 ids = []
             elif text == "/stats":
-                print(*session.statistics, sep="\n", file=sys.stderr)
+                print(*session.statistics or ["no answer yet"], sep="\n", file=sys.stderr)
             elif text:
-                prompt = session.encode(utf8(os.fsencode(text), "the line"), ids)
-                ids = prompt + session.answer(prompt) + closing
-                if len(ids) > session.checkpoint.args.max_seq_length:
-                    print("the context is full: /clear starts anew", file=sys.stderr)
+                prompt = session.encode(text, ids)
+                ids = prompt + session.answer(prompt)
+                ids += closing[ids[-1:] == closing[:1] :]  # an answer may have ended with the space
+                session.encode("Hello", ids)  # or the context is full, and says so
         except EOFError:
             return
         except ValueError as error:
@@ -452,8 +452,7 @@ def converse(session: Session) -> None:
 def main() -> None:
     args = build_parser().parse_args()
     texts = [] if args.interactive else [read_prompt(args.prompt)]
-    session = open_session(args)
-    converse(session) if args.interactive else answer_all(session, texts)
+    answer_all(open_session(args), texts)
 
 
 if __name__ == "__main__":

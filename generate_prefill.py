@@ -5,8 +5,6 @@
 It owns the files in which keys and values outlive a process; all else is generate.py's.
 """
 
-import launch  # isort: skip  # noqa: F401
-
 import ctypes
 import hashlib
 import os
@@ -17,12 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
-from generate import Engine, answer_all, between, build_parser, converse, open_session, read_prompt
+from generate import Engine, answer_all, between, build_parser, open_session, read_prompt
 from kernels import cpu
 from quantize import Checkpoint, run, utf8
+
+import torch
+from torch import Tensor, nn
 
 BLOCK = 16  # tokens whose keys and values are one file
 CONTEXT = "Square numbers: " + ", ".join(f"{n} * {n} = {n * n}" for n in range(1, 41))
@@ -38,6 +36,7 @@ class Store:
 
     def __init__(self, folder: Path, budget: int) -> None:
         self.folder, self.budget, self.room, self.told = folder, budget, 0, False
+        self.whole = set()  # names of files that need not be read again to know that they are whole
         if not folder.exists():
             print(f"prefixes are stored in {folder}: --cache_gb limits it, --no_cache does without", file=sys.stderr)
 
@@ -53,12 +52,13 @@ class Store:
     def write(self, name: str, age: int, parts: list[Tensor]) -> None:
         """Mark a file as used, stored before where it is not there; one of a greater `age` (nanoseconds) goes before others."""
         path, now = self.folder / name, time.time_ns() - age
-        if cpu.read_sealed(path) is None:
+        if not (name in self.whole and path.exists()) and cpu.read_sealed(path) is None:
             content = torch.stack(parts).flatten().cpu().view(torch.uint8)
             if self.room < len(content):
                 self.room = self.make_room(len(content))
             self.room -= len(content)
             cpu.write_sealed(path, ctypes.string_at(content.data_ptr(), len(content)))
+        self.whole.add(name)
         os.utime(path, ns=(now, now))
 
     def make_room(self, size: int) -> int:
@@ -112,7 +112,7 @@ class CachedEngine(Engine):
     @torch.inference_mode()
     def keep(self, ids: list[int]) -> None:
         """Store those blocks of `ids` that are in the cache, and mark them as used, the first of them as the last."""
-        super().rewind(ids)
+        super().rewind([*ids, -1])  # all of them: nobody wants the last one's logits
         if self.store:
             with self.store.trouble_told():
                 for start, name, parts in self.blocks(self.ids):
@@ -129,6 +129,8 @@ def main() -> None:
     add("--no_cache", action="store_true", help="read and write no files of prefixes")
     args = parser.parse_args()
     text = "" if args.interactive and args.context == CONTEXT else args.context
+    if args.interactive and text == "-":
+        raise ValueError("--context -: standard input is the conversation; give a text, or @FILE")
     args.system = utf8(Path(text[1:]).read_bytes(), text[1:]) if text.startswith("@") else text and read_prompt(text)
     folder = args.cache_dir or args.checkpoint_path.parent / "prefixes"
     store = None if args.no_cache else Store(folder, int(args.cache_gb * 1e9))
@@ -139,8 +141,6 @@ def main() -> None:
         return CachedEngine(*parts, store=store, root=repr(identity))
 
     session = open_session(args, make_engine)
-    if args.interactive:
-        return converse(session)
     answer_all(session, texts)
     print(f"{'answer':>6}{'cached':>8}{'computed':>10}{'first token':>13}{'speed-up':>10}", file=sys.stderr)
     for i, (cached, computed, first) in enumerate(session.table, 1):

@@ -1,4 +1,4 @@
-"""Imported first by every script: what has to be settled before torch, whose import takes a second, is imported.
+"""Imported by kernels/cpu.py, the first of our modules: what has to be settled before torch, which takes a second, is imported.
 
 Until quantize.run takes over, Ctrl-C ends the process without a traceback; torch does not warn where numpy is missing.
 """

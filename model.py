@@ -5,10 +5,10 @@ It owns no sequence: the cache is the caller's. It knows nothing of files, sampl
 
 from dataclasses import dataclass, fields
 
+import kernels
+
 import torch
 from torch import Tensor, nn
-
-import kernels
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,6 @@
 Multiplying is the business of kernels/, the architecture that of model.py.
 """
 
-import launch  # isort: skip  # noqa: F401
-
 import argparse
 import errno
 import math
@@ -20,13 +18,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import kernels
+from model import ModelArgs, Transformer
+
 import sentencepiece
 import torch
 from torch import Tensor, nn
 from torch.serialization import set_default_mmap_options, skip_data
-
-import kernels
-from model import ModelArgs, Transformer
 
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 GROUPSIZES = (32, 64, 128, 256)

@@ -3,11 +3,11 @@
 `linear`, `attention`, `dequantize` hold for every device and number of rows; where there is no kernel, they are PyTorch.
 """
 
+from kernels import cpu
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from kernels import cpu
 
 
 def dequantize(weight: Tensor, scale: Tensor | None, minimum: Tensor | None, dtype: torch.dtype) -> Tensor:

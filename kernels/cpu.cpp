@@ -173,8 +173,8 @@ template <int V, int M, int R> static void block(const Weight &w, const Rows &ro
 }
 
 template <int V, int M> static void channels(const Weight &w, const Rows &rows, long first, long n, long end, bf16 *y) {
-    // One row reads memory as one stream; more share each activation between two channels, where that is worth a second one.
-    constexpr int R = M == 1 || (V == 1 && M < 4) ? 1 : 2;
+    // One row reads memory as one stream; more share each activation between channels, where that is worth more streams.
+    constexpr int R = M == 1 || (V == 1 && M < 4) ? 1 : V == 1 && M == 4 ? 4 : 2;
     for (; n + R <= end; n += R) block<V, M, R>(w, rows, first, n, y);
     for (; n < end; n++) block<V, M, 1>(w, rows, first, n, y);
 }
@@ -232,7 +232,8 @@ extern "C" void linear(const bf16 *x, long count, const uint8_t *data, const voi
     const Weight w = {data, scale, minimum, bits, groupsize, in, out};
     prepare(w, x, count, rows);
     const Rows &shared = rows;
-    const long pass = bits == 4 ? ROWS / 2 : ROWS;  // as many as registers hold beside the levels of two channels
+    // As many rows as registers hold beside the levels of two channels, and the first cache besides the weights.
+    const long pass = bits == 4 || in > 3072 ? ROWS / 2 : ROWS;
 #pragma omp parallel for schedule(static)
     for (long n = 0; n < out; n += STRIP)
         for (long first = 0; first < count; first += pass)

@@ -11,6 +11,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import launch  # noqa: F401  before torch; so everybody imports what is ours before what is not
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor

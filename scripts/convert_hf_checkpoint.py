@@ -5,8 +5,6 @@
 Reads safetensors and .bin, whole or sharded, with torch alone; what this program cannot run is refused by name.
 """
 
-import launch  # isort: skip  # noqa: F401
-
 import argparse
 import json
 import sys
@@ -15,12 +13,12 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from model import ModelArgs
+from quantize import build_model, progress, reading, run, write_checkpoint
+
 import sentencepiece
 import torch
 from torch import Tensor
-
-from model import ModelArgs
-from quantize import build_model, progress, reading, run, write_checkpoint
 
 WEIGHTS = ["model[.-]*safetensors", "pytorch_model[.-]*bin"]  # whole or in shards; the first format that is there
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

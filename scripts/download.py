@@ -1,16 +1,14 @@
 """Download what the converter needs of a Hugging Face repository to checkpoints/REPO; an interrupted download resumes."""
 
-import launch  # isort: skip  # noqa: F401
-
 import argparse
 import fnmatch
 import sys
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
-
 from quantize import run
 from scripts.convert_hf_checkpoint import WEIGHTS
+
+from huggingface_hub import HfApi, snapshot_download
 
 TEXTS = ["config.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"]
 CURE = """check the name (of a repository, or of a directory that exists) and the network, then again: it resumes; a gated

@@ -23,13 +23,13 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from generate import Engine, Sampling, Speculation, generate, prompt_lookup
 from kernels import cpu
 from model import ModelArgs
 from quantize import build_model, load_model, quantize, read_checkpoint, run, write_checkpoint
 from tests.grow import SHAPES, shape_args
+
+import torch
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "tests" / "demo" / "target"

@@ -4,13 +4,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-import torch
-
 from generate import Engine, Sampling, Speculation, generate, prompt_lookup
 from model import Transformer
 from quantize import load_model, read_checkpoint
 from scripts.convert_hf_checkpoint import convert
+
+import pytest
+import torch
 
 DEMO = Path(__file__).parent / "demo"
 

@@ -12,11 +12,11 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from model import ModelArgs
 from quantize import Checkpoint, build_model, progress, read_checkpoint, run, write_checkpoint
+
+import torch
+from torch import Tensor
 
 SHAPES = {  # n_layer, dim, n_head, n_kv_head, head_dim, ffn_dim, max_seq_length
     "68m": (2, 768, 12, 12, 64, 3072, 2048),

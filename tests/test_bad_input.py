@@ -256,6 +256,13 @@ PROMPT = {
     "not UTF-8": Case(f"{GENERATE} --prompt $'caf\\xe9'", "decode ... UTF-8"),
     "not UTF-8, on stdin": Case(f"echo $'caf\\xe9' | {GENERATE} --prompt -", "decode ... UTF-8"),
     "half a character, on stdin": Case(f"echo -n $'caf\\xc3' | {GENERATE} --prompt -", "decode ... UTF-8"),
+    "system not UTF-8": Case(f"{GENERATE} --system $'caf\\xe9'", "decode ... UTF-8"),
+    "system longer than the context": Case(
+        f'{GENERATE} --interactive --system "$(cat $DIR/full.txt $DIR/full.txt)"', "shorten"
+    ),
+    "a context from where the conversation comes": Case(
+        f"{GENERATE.replace('generate', 'generate_prefill')} --interactive --context -", "standard input ... give a text"
+    ),
     "empty": Case(f"{GENERATE} --prompt ''", "prompt ... empty"),
     "empty, on stdin": Case(f"{GENERATE} --prompt - < /dev/null", "prompt ... empty"),
     "an empty line, on stdin": Case(f"echo | {GENERATE} --prompt -", "prompt ... empty"),
@@ -409,6 +416,10 @@ WORKS = {  # says: on stderr
     "a very long answer": Case(f"{GENERATE} --max_new_tokens {10**30}", "Stopped"),
     "prepare in a directory with a space": Case("cp -r $DIR $DIR/../'a b'; ./scripts/prepare.sh $DIR/../'a b'", "wrote"),
     "prepare --help": Case("./scripts/prepare.sh --help", "prepare.sh"),
+    "a conversation in a locale without UTF-8": Case(
+        f"printf 'caf\\xc3\\xa9\\n/stats' | LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 {GENERATE} --interactive",
+        "Prompt tokens: 7",
+    ),
     "a locale without UTF-8": Case(
         f"LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 {GENERATE} --prompt $'caf\\xc3\\xa9'", "Prompt tokens: 7"
     ),
@@ -421,7 +432,7 @@ WORKS = {  # says: on stderr
     "a line longer than the context": Case(
         f"cat $DIR/full.txt $DIR/full.txt | {GENERATE} --interactive", "context ... shorten"
     ),
-    "a line of a conversation not UTF-8": Case(f"printf 'caf\\xe9\\na' | {GENERATE} --interactive", "the line ... UTF-8"),
+    "a line of a conversation not UTF-8": Case(f"printf 'caf\\xe9\\na' | {GENERATE} --interactive", "what was said ... UTF-8"),
     "stdout closed": Case(f"{GENERATE} --max_new_tokens 1 >&-", "Stopped"),
     "stderr closed": Case(f"{GENERATE} --max_new_tokens 1 2>&-", ""),
 }

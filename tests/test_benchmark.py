@@ -5,12 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-
 from quantize import build_model
 from tests.benchmark import bytes_per_token, figure, kv_bytes, markdown, share, spread, weight_bytes
 from tests.grow import shape_args
+
+import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 ARGS = shape_args("1.1b", 32000)

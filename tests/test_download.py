@@ -7,6 +7,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 
+import quantize
+from scripts import download
+
 import pytest
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -16,9 +19,6 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-
-import quantize
-from scripts import download
 
 REPO = "someone/llama"
 TEXTS = {"config.json", "tokenizer.model", "tokenizer_config.json"}

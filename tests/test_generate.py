@@ -9,14 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from generate import TextStream, generate, gumbel_noise, hash32, sample
+from quantize import load_model, read_checkpoint
+from scripts.convert_hf_checkpoint import convert
+
 import pytest
 import sentencepiece
 import torch
 from conftest import DEMO, generated, make_sampling, new_engine, plain
-
-from generate import TextStream, generate, gumbel_noise, hash32, sample
-from quantize import load_model, read_checkpoint
-from scripts.convert_hf_checkpoint import convert
 
 ROOT = Path(__file__).parents[1]
 GOLDEN_PROMPT = "The following example"
@@ -219,7 +219,7 @@ def test_golden_text_of_the_demo(target, compiled) -> None:
         ids = generated(engine, PROMPT, len(GOLDEN["ids"]), make_sampling())
         assert ids == GOLDEN["ids"]
     stream = TextStream(TOKENIZER)
-    assert "".join(map(stream.push, ids)) + stream.finish() == GOLDEN["text"]
+    assert "".join(map(stream.push, ids)) + stream.push(None) == GOLDEN["text"]
 
 
 def test_streamed_text_equals_the_decoded_ids() -> None:
@@ -231,7 +231,7 @@ def test_streamed_text_equals_the_decoded_ids() -> None:
     torn = [[bytes_[byte] for byte in raw] for raw in (b"\xf0\x9f", b"\xe2\x82\xac\xe2\x82", b"\xff\xfea", b"\x80\xc3\xa9")]
     for ids in [*map(TOKENIZER.encode, texts), *random, *torn, *(t + TOKENIZER.encode("b") for t in torn)]:
         stream = TextStream(TOKENIZER)
-        text = "".join(map(stream.push, ids)) + stream.finish()
+        text = "".join(map(stream.push, ids)) + stream.push(None)
         assert text == TOKENIZER.decode(head + ids).removeprefix(TOKENIZER.decode(head))
 
 

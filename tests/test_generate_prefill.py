@@ -9,18 +9,18 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-import torch
-from conftest import generated, make_sampling, new_engine, plain
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 import generate_prefill
 from generate import Speculation, generate, prompt_lookup
 from generate_prefill import BLOCK, CachedEngine, Store
 from kernels import cpu
 from model import ModelArgs, Transformer
 from quantize import build_model, load_model, quantize, read_checkpoint
+
+import pytest
+import torch
+from conftest import generated, make_sampling, new_engine, plain
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 ROOT = Path(__file__).parents[1]
 ARGS = ModelArgs(32, 2, 4, 2, 8, 48, 97, 1e-5, 10000.0, 1.0, 256)
@@ -53,6 +53,19 @@ def answer(engine: CachedEngine, prompt: list[int], count: int = 12, speculation
     ran = sum(rows) - (count - 1)
     engine.keep(prompt + ids)
     return ids, ran, cached
+
+
+def test_what_this_process_has_stored_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A turn of a conversation costs its own blocks; one that another process has deleted is written again."""
+    engine, reads, read = cached_engine(tmp_path), [], cpu.read_sealed
+    answer(engine, A[:80])
+    monkeypatch.setattr(cpu, "read_sealed", lambda path: reads.append(path) or read(path))
+    answer(engine, A)
+    assert len(reads) <= 2  # new blocks, of which one may be there
+    next(tmp_path.iterdir()).unlink()
+    answer(engine, A)
+    monkeypatch.undo()
+    assert answer(cached_engine(tmp_path), A)[2] == 96
 
 
 def files(folder: Path) -> set[str]:

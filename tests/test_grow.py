@@ -3,13 +3,13 @@
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-import torch
-from conftest import DEMO, assert_close, generated, make_sampling, new_engine
-
 from model import Transformer
 from quantize import load_model, read_checkpoint
 from tests.grow import SHAPES, grow, shape_args
+
+import pytest
+import torch
+from conftest import DEMO, assert_close, generated, make_sampling, new_engine
 
 SMALLER = {  # the shapes' heads and widths, in fewer layers: this is float32 on two cores
     "heads of 64, no groups": replace(shape_args("160m", 2048), n_layer=5),

@@ -8,13 +8,13 @@ import sys
 import threading
 from pathlib import Path
 
-import pytest
-import torch
-from test_generate import run_cli
-
 import kernels
 from kernels import cpu
 from quantize import GROUPSIZES, load_model, quantize, quantize_int4, quantize_int8, read_checkpoint
+
+import pytest
+import torch
+from test_generate import run_cli
 
 ROOT = Path(__file__).parents[1]
 SCHEMES = [None, 0, *GROUPSIZES]  # bfloat16, int8, int4 by group size

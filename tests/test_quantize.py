@@ -7,16 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kernels
+from generate import TextStream
+from quantize import GROUPSIZES, Linear, compare, load_model, quantize, quantize_int4, quantize_int8, read_checkpoint
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEMO, generated, make_sampling, new_engine
 from demo.train import held_out_text
 from test_generate import PROMPT, TOKENIZER, run_cli
-
-import kernels
-from generate import TextStream
-from quantize import GROUPSIZES, Linear, compare, load_model, quantize, quantize_int4, quantize_int8, read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 ROWS = (1, 2, 7, 8, 9, 16, 17, 64)
@@ -135,7 +135,7 @@ def test_compiled_equals_eager_and_text_streams(quantized, name: str) -> None:
         ids = generated(new_engine(model), PROMPT, 40, make_sampling(3, temperature))
         assert generated(compiled, PROMPT, 40, make_sampling(3, temperature)) == ids
     stream = TextStream(TOKENIZER)
-    assert "".join(map(stream.push, ids)) + stream.finish() == TOKENIZER.decode(PROMPT + ids).removeprefix(
+    assert "".join(map(stream.push, ids)) + stream.push(None) == TOKENIZER.decode(PROMPT + ids).removeprefix(
         TOKENIZER.decode(PROMPT)
     )
 

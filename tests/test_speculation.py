@@ -8,14 +8,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from generate import Engine, Speculation, prompt_lookup
+from model import Transformer
+from quantize import build_model, load_model, quantize, read_checkpoint
+
 import pytest
 import sentencepiece
 import torch
 from conftest import DEMO, generated, make_sampling, new_engine
-
-from generate import Engine, Speculation, prompt_lookup
-from model import Transformer
-from quantize import build_model, load_model, quantize, read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = sentencepiece.SentencePieceProcessor(model_file=str(DEMO / "target" / "tokenizer.model"))
