@@ -2,7 +2,7 @@
 
     python generate.py --compile --checkpoint_path checkpoints/$MODEL_REPO/model.pth --prompt "Hello, my name is"
 
-Token ids go in and come out of `generate`; only `main` knows text, flags and the terminal.
+Token ids go in and come out of `generate`; what knows text, flags and the terminal begins with `TextStream`.
 """
 
 import argparse
