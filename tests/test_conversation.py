@@ -335,10 +335,11 @@ def test_piped_lines_are_answered_on_stdout_and_nothing_else_there(
 ) -> None:
     """One answer and one line end per line; a line that cannot be read is told, and the next one is answered."""
     session = session_of(chat["float32"], "--max_new_tokens", 12)
-    turns = talk(session, LINES[:2], monkeypatch)
+    turns = talk(session, [*LINES[:2], "one\rline"], monkeypatch)
+    assert len(turns) == 3
     front = TOKENIZER.encode("a")
     expected = "".join(TOKENIZER.decode(front + turn.answer)[1:] + "\n" for turn in turns)
-    lines = f"{LINES[0]}\n\n   \n".encode() + b"caf\xe9\n" + f"{LINES[1]}\r\n/stats\n".encode()
+    lines = f"{LINES[0]}\n\n   \n".encode() + b"caf\xe9\n" + f"{LINES[1]}\r\none\rline\n/stats\n".encode()
     done = subprocess.run(
         command(chat["float32"], "--precision", "float32"), input=lines, capture_output=True, cwd=ROOT, timeout=120
     )
