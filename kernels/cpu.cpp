@@ -40,8 +40,8 @@ struct Weight {
     const uint8_t *row(long n) const { return data + n * in * bits / 8; }
 };
 
-// N numbers of 32, 16 and 8 bits, as many as the CPU's vectors hold of 32.
-static constexpr int N = __BIGGEST_ALIGNMENT__ >= 64 ? 16 : __BIGGEST_ALIGNMENT__ >= 32 ? 8 : 4;
+// N numbers of 32, 16 and 8 bits: as many as AVX-512 or AVX2 hold of 32 bits; elsewhere the compiler splits them.
+static constexpr int N = __BIGGEST_ALIGNMENT__ >= 64 ? 16 : 8;
 typedef float Lanes __attribute__((vector_size(4 * N)));
 typedef int32_t Words __attribute__((vector_size(4 * N)));
 typedef int16_t Halves __attribute__((vector_size(2 * N)));
@@ -55,7 +55,9 @@ template <class Bytes> static inline Lanes widen(Bytes x) {  // in steps, each o
 template <bool WHOLE = true> static inline Lanes load(const bf16 *x, long count = N) {  // and zeros behind the last
     Halves half = {};
     WHOLE || count >= N ? memcpy(&half, x, 2 * N) : memcpy(&half, x, count * sizeof(bf16));
-    return (Lanes)(__builtin_convertvector(half, Words) << 16);
+    Words words;
+    for (int i = 0; i < N; i++) words[i] = half[i] << 16;  // GCC makes more of this loop than of a conversion
+    return (Lanes)words;
 }
 
 // 32 channels of output channel n from channel k on, dequantized.
@@ -313,13 +315,11 @@ extern "C" void attention(const bf16 *qkv, const float *rope, long start, long r
     const auto attend_to = head_dim == 64 ? attend<64> : head_dim == 128 ? attend<128> : attend<0>;
     std::vector<bf16> queries(rows * n_head * head_dim);
     std::vector<float> partial(chunks * rows * n_head * size);
-    bf16 *q = queries.data();
-    float *parts = partial.data();
     for (long s = 0; s < rows; s++) {
         const bf16 *x = qkv + s * (n_head + 2 * n_kv_head) * head_dim;
         const float *cos = rope + s * head_dim, *sin = cos + half;
         for (long h = 0; h < n_head + n_kv_head; h++, x += head_dim) {
-            bf16 *to = h < n_head ? q + (s * n_head + h) * head_dim : k_cache + ((h - n_head) * positions + start + s) * head_dim;
+            bf16 *to = h < n_head ? &queries[(s * n_head + h) * head_dim] : k_cache + ((h - n_head) * positions + start + s) * head_dim;
             for (long i = 0; i < half; i++) {
                 const float a = to_float(x[i]), b = to_float(x[i + half]);
                 to[i] = to_bf16(a * cos[i] - b * sin[i]);
@@ -335,13 +335,13 @@ extern "C" void attention(const bf16 *qkv, const float *rope, long start, long r
             const long offset = (h * positions + c * CHUNK) * head_dim;
             for (long s = 0; s < rows; s++)
                 for (long head = h * group; head < (h + 1) * group && c * CHUNK <= start + s; head++)
-                    attend_to(q + (s * n_head + head) * head_dim, k_cache + offset, v_cache + offset,
-                              std::min(CHUNK, start + s + 1 - c * CHUNK), head_dim, parts + ((s * n_head + head) * chunks + c) * size);
+                    attend_to(&queries[(s * n_head + head) * head_dim], k_cache + offset, v_cache + offset,
+                              std::min(CHUNK, start + s + 1 - c * CHUNK), head_dim, &partial[((s * n_head + head) * chunks + c) * size]);
         }
 #pragma omp parallel for schedule(static)
     for (long i = 0; i < rows * n_head; i++) {  // the chunks of a row and head, up to its own position, in their order
         const long count = (start + i / n_head) / CHUNK + 1;
-        const float *part = parts + i * chunks * size;
+        const float *part = &partial[i * chunks * size];
         float top = -INFINITY, total = 0, sum[1024] = {};
         for (long c = 0; c < count; c++) top = std::max(top, part[c * size + head_dim]);
         for (long c = 0; c < count; c++) {
