@@ -6,7 +6,6 @@ Token ids go in and come out of `generate`; what knows text, flags and the termi
 """
 
 import argparse
-import math
 import os
 import resource
 import sys
@@ -84,6 +83,7 @@ class Engine:
     cache: nn.ModuleList
     ids: list[int] = field(default_factory=list)
     compiled: dict[str, Callable] = field(default_factory=dict)  # by kind of step; what is not there runs eagerly
+    checkpoint: Checkpoint | None = None  # where the model is from
 
     def rewind(self, ids: list[int]) -> None:
         """Keep what begins like `ids`, but for the last of them: its logits are wanted, so it has to run."""
@@ -244,17 +244,45 @@ class TextStream:
         return text
 
 
-@dataclass
 class Session:
-    """What the command line has set up: everything that an answer needs but its prompt."""
+    """What the command line asks for, checked, loaded and compiled: everything that an answer needs but its prompt.
 
-    args: argparse.Namespace
-    checkpoint: Checkpoint
-    engines: list[Engine]  # the model's, then the draft's
-    speculation: Speculation
-    chat: bool  # whether what the user says gets the Llama-2 template
-    statistics: list[str] = field(default_factory=list)  # of the last answer, by lines
-    table: list[tuple[int, int, float]] = field(default_factory=list)  # tokens cached and computed, seconds to the first
+    ValueError names what is missing or does not fit. `make_engine` (model, cache, checkpoint=) makes an engine of each model.
+    """
+
+    def __init__(self, args: argparse.Namespace, make_engine: Callable = Engine) -> None:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own news are not the user's
+        sys.stdout.reconfigure(encoding="utf-8")
+        torch.set_num_threads(cpu.cores())
+        if args.profile and (args.profile.is_dir() or not os.access(args.profile.parent, os.W_OK)):
+            raise ValueError(f"--profile {args.profile}: no file can be written there: name one in a folder that exists")
+        start, paths = time.perf_counter(), [args.checkpoint_path, args.draft_checkpoint_path]
+        checkpoints = [read_checkpoint(path) for path in paths if path]
+        pieces = ([c.args.vocab_size, *map(c.tokenizer.id_to_piece, range(c.tokenizer.vocab_size()))] for c in checkpoints)
+        if len(checkpoints) > 1 and next(pieces) != next(pieces):
+            raise ValueError(f"{paths[1]} has another vocabulary than the model: choose a draft of its family")
+        self.args, self.checkpoint, self.engines = args, checkpoints[0], []  # the model's, then the draft's
+        for checkpoint in checkpoints:
+            model = load_model(checkpoint, args.device, getattr(torch, args.precision))
+            self.engines.append(make_engine(model, model.make_cache(checkpoint.args.max_seq_length), checkpoint=checkpoint))
+        self.guesses = args.prompt_lookup or len(checkpoints) > 1
+        guess = self.engines[-1].guess if len(checkpoints) > 1 else prompt_lookup
+        self.speculation = Speculation(guess, args.speculate_k * self.guesses)
+        self.chat = args.interactive and not args.raw and self.checkpoint.header["chat"]  # the user gets the Llama-2 template
+        self.statistics, self.table = [], []  # the last answer's lines; tokens cached, computed, and time to the first of each
+        print(f"Load time: {time.perf_counter() - start:.3f} s", file=sys.stderr)
+        if args.compile or args.compile_prefill:
+            self.compile()
+
+    def compile(self) -> None:
+        """Compile what the flags ask for. ValueError where that fails."""
+        start, kinds = time.perf_counter(), ["decode"] + ["verify"] * self.guesses + ["prefill"] * self.args.compile_prefill
+        try:
+            for engine, each in zip(self.engines, (kinds, ["decode", "prefill"]), strict=False):
+                engine.compile(each, self.sampling())
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise ValueError(f"--compile: {str(error).splitlines()[0]}: install a C++ compiler, or do without") from error
+        print(f"Compile time: {time.perf_counter() - start:.3f} s", file=sys.stderr)
 
     def sampling(self, i: int = 0) -> Sampling:
         """That of answer i."""
@@ -280,57 +308,61 @@ class Session:
 
     def answer(self, prompt: list[int], i: int = 0) -> list[int]:
         """Print the text that follows `prompt` as it comes, with seed + i; its ids. In a conversation, Ctrl-C ends it."""
-        engine, stream, ids, start = self.engines[0], TextStream(self.checkpoint.tokenizer), [], time.perf_counter()
+        engine, stream, ids, cached, why = self.engines[0], TextStream(self.checkpoint.tokenizer), [], 0, "interrupted"
+        eos_id, times = None if self.args.ignore_eos else self.checkpoint.tokenizer.eos_id(), [time.perf_counter()]
         self.speculation.rounds.clear()
-        cached, first, end, why = 0, 0.0, 0.0, "interrupted"
-        eos_id = None if self.args.ignore_eos else self.checkpoint.tokenizer.eos_id()
         try:
             engine.rewind(prompt)
             cached = len(engine.ids)
             tokens = generate(engine, prompt, self.args.max_new_tokens, eos_id, self.sampling(i), self.speculation)
             while True:
                 ids.append(next(tokens))
-                first, end = first or time.perf_counter() - start, time.perf_counter() - start
+                times.append(time.perf_counter())
                 print(stream.push(ids[-1]), end="", flush=True)
         except StopIteration as stop:
             why = stop.value
         except KeyboardInterrupt:
             if not self.args.interactive:
                 raise
+        times.append(time.perf_counter())
         print(stream.push(None), end="\n" * (self.args.interactive or sys.stdout.isatty()), flush=True)
-        first, seconds = first or time.perf_counter() - start, max(end - first, 1e-9)
         with suppress(KeyboardInterrupt) if self.args.interactive else nullcontext():
             for each in self.engines:
                 each.keep(prompt + ids)
-        weights = sum(t.nbytes for name, t in engine.model.state_dict().items() if name != "tok_embeddings.weight")
+        self.account(len(prompt), cached, times, why)
+        return ids
+
+    def account(self, prompt: int, cached: int, times: list[float], why: str) -> None:
+        """Write the figures of an answer: tokens of its prompt, and when it began, each token came, and it ended."""
+        count, first, end = len(times) - 2, times[1] - times[0], times[-2] - times[0]
+        seconds = max(end - first, 1e-9)
+        weights = [t.nbytes for n, t in self.engines[0].model.state_dict().items() if n != "tok_embeddings.weight"]
         cuda = self.args.device == "cuda"
         peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         rounds = self.speculation.rounds
         tried, accepted = (sum(each[column] for each in rounds) for column in (0, 1))
         lengths = sorted(accepted for tried, accepted in rounds if tried)
-        self.table.append((cached, len(prompt) - cached, first))
+        self.table.append((cached, prompt - cached, first))
         self.statistics = [
-            f"Prompt tokens: {len(prompt)} (cached {cached} of {len(prompt)})",
+            f"Prompt tokens: {prompt} (cached {cached} of {prompt})",
             f"Time to first token: {first:.3f} s",
-            f"Prefill: {(len(prompt) - cached) / first:.2f} tokens/s",
-            f"Decode: {max(len(ids) - 1, 0) / seconds:.2f} tokens/s ({len(ids)} tokens in {end:.2f} s)",
-            f"Weights read: {len(rounds) * weights / seconds / 1e9:.2f} GB/s",
+            f"Prefill: {(prompt - cached) / first:.2f} tokens/s",
+            f"Decode: {max(count - 1, 0) / seconds:.2f} tokens/s ({count} tokens in {end:.2f} s)",
+            f"Weights read: {len(rounds) * sum(weights) / seconds / 1e9:.2f} GB/s",
             f"Guesses: {tried} tried, {accepted} accepted ({accepted / max(tried, 1):.3f})",
             f"Tokens per pass: {1 + accepted / max(len(rounds), 1):.3f} in {len(rounds)} passes",
             f"Accepted lengths: {', '.join(f'{n}: {lengths.count(n)}' for n in dict.fromkeys(lengths)) or 'none'}",
             f"Stopped: {why}",
             f"Peak memory: {peak / 1e9:.3f} GB ({'CUDA' if cuda else 'RSS'})",
         ]
-        return ids
 
 
-def between(low: float, high: float = math.inf, kind: type = int) -> Callable[[str], float]:
+def between(low: float, high: float = sys.float_info.max, kind: type = int) -> Callable[[str], float]:
     """An argparse type: a number of `kind` from `low` to `high`."""
 
     def number(text: str) -> float:
-        value = kind(text)
-        if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text}: must be at least {low}" + f" and at most {high}" * (high < math.inf))
+        if not low <= (value := kind(text)) <= high:
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {low}" + f" and at most {high}" * (high < 1e9))
         return value
 
     return number
@@ -360,42 +392,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ignore_eos", action="store_true", help="do not stop at the end-of-sequence token (for benchmarks)")
     add("--profile", type=Path, help="write a trace of the answers to this file (open it in chrome://tracing)")
     return parser
-
-
-def open_session(args: argparse.Namespace, make_engine: Callable = lambda _, *parts: Engine(*parts)) -> Session:
-    """Check what the flags ask for, load it, compile it. ValueError names what is missing or does not fit.
-
-    `make_engine` (checkpoint, model, cache) makes an engine of each model.
-    """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own news are not the user's
-    sys.stdout.reconfigure(encoding="utf-8")
-    torch.set_num_threads(cpu.cores())
-    if (args.compile or args.compile_prefill) and cpu.compiler() is None:
-        raise ValueError(f"--compile: no C++ compiler {os.environ.get('CXX', 'g++')} is there: install one, or leave it away")
-    if args.profile and (args.profile.is_dir() or not os.access(args.profile.parent, os.W_OK)):
-        raise ValueError(f"--profile {args.profile}: no file can be written there: name one in a folder that exists")
-    start, engines = time.perf_counter(), []
-    checkpoints = [read_checkpoint(path) for path in (args.checkpoint_path, args.draft_checkpoint_path) if path]
-    pieces = ([c.args.vocab_size, *map(c.tokenizer.id_to_piece, range(c.tokenizer.vocab_size()))] for c in checkpoints)
-    if len(checkpoints) > 1 and next(pieces) != next(pieces):
-        raise ValueError(f"{args.draft_checkpoint_path} has another vocabulary than the model: choose a draft of its family")
-    for checkpoint in checkpoints:
-        model = load_model(checkpoint, args.device, getattr(torch, args.precision))
-        engines.append(make_engine(checkpoint, model, model.make_cache(checkpoint.args.max_seq_length)))
-    guess, speculates = engines[-1].guess if len(engines) > 1 else prompt_lookup, args.prompt_lookup or len(engines) > 1
-    chat = args.interactive and not args.raw and checkpoints[0].header["chat"]
-    session = Session(args, checkpoints[0], engines, Speculation(guess, args.speculate_k * speculates), chat)
-    print(f"Load time: {time.perf_counter() - start:.3f} s", file=sys.stderr)
-    if args.compile or args.compile_prefill:
-        start = time.perf_counter()
-        try:
-            engines[0].compile(["decode"] + ["verify"] * speculates + ["prefill"] * args.compile_prefill, session.sampling())
-            if len(engines) > 1:
-                engines[1].compile(["decode", "prefill"], session.sampling())
-        except torch._dynamo.exc.TorchDynamoException as error:
-            raise ValueError(f"--compile failed ({str(error)[:200]}): repair the compiler, or do without") from error
-        print(f"Compile time: {time.perf_counter() - start:.3f} s", file=sys.stderr)
-    return session
 
 
 def read_prompt(text: str) -> str:
@@ -452,7 +448,7 @@ def converse(session: Session) -> None:
 def main() -> None:
     args = build_parser().parse_args()
     texts = [] if args.interactive else [read_prompt(args.prompt)]
-    answer_all(open_session(args), texts)
+    answer_all(Session(args), texts)
 
 
 if __name__ == "__main__":

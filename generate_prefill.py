@@ -13,14 +13,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from generate import Engine, answer_all, between, build_parser, open_session, read_prompt
+from generate import Engine, Session, answer_all, between, build_parser, read_prompt
 from kernels import cpu
-from quantize import Checkpoint, run, utf8
+from quantize import run, utf8
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 BLOCK = 16  # tokens whose keys and values are one file
 CONTEXT = "Square numbers: " + ", ".join(f"{n} * {n} = {n * n}" for n in range(1, 41))
@@ -83,11 +84,11 @@ class CachedEngine(Engine):
     """
 
     store: Store | None = None
-    root: str = ""
 
     def blocks(self, ids: list[int]) -> Iterator[tuple[int, str, list[Tensor]]]:
         """For each whole block of `ids`: where it begins, its name, and its keys and values [n_kv_head, BLOCK, head_dim]."""
-        name = self.root
+        header = self.checkpoint.header
+        name = repr((header["id"], self.checkpoint.args, header["quantization"], self.cache[0].k.dtype))
         for start in range(0, len(ids) - BLOCK + 1, BLOCK):
             name = hashlib.sha256(f"{name} {ids[start : start + BLOCK]}".encode()).hexdigest()
             yield start, name, [half[0, :, start : start + BLOCK] for layer in self.cache for half in (layer.k, layer.v)]
@@ -100,11 +101,10 @@ class CachedEngine(Engine):
             with self.store.trouble_told():
                 for start, name, parts in self.blocks(ids[:-1]):
                     if start + BLOCK > len(self.ids):
-                        content = cpu.read_sealed(self.store.folder / name)
-                        if content is None and (self.store.folder / name).exists():
-                            raise OSError(f"{self.store.folder / name} is damaged")
-                        if content is None:
-                            break
+                        path = self.store.folder / name
+                        content = cpu.read_sealed(path)
+                        if content is None:  # where the file is not there, the walk ends without a word
+                            raise OSError(f"{path} is damaged") if path.exists() else FileNotFoundError(path)
                         stored = torch.frombuffer(bytearray(content), dtype=parts[0].dtype).view(len(parts), *parts[0].shape)
                         torch._foreach_copy_(parts, stored.unbind())
                         self.ids[start:] = ids[start : start + BLOCK]
@@ -135,12 +135,7 @@ def main() -> None:
     folder = args.cache_dir or args.checkpoint_path.parent / "prefixes"
     store = None if args.no_cache else Store(folder, int(args.cache_gb * 1e9))
     texts = [] if args.interactive else [read_prompt(prompt) for prompt in args.prompt or PROMPTS]
-
-    def make_engine(checkpoint: Checkpoint, *parts: nn.Module) -> CachedEngine:
-        identity = (checkpoint.header["id"], checkpoint.args, checkpoint.header["quantization"], args.precision)
-        return CachedEngine(*parts, store=store, root=repr(identity))
-
-    session = open_session(args, make_engine)
+    session = Session(args, partial(CachedEngine, store=store))
     answer_all(session, texts)
     print(f"{'answer':>6}{'cached':>8}{'computed':>10}{'first token':>13}{'speed-up':>10}", file=sys.stderr)
     for i, (cached, computed, first) in enumerate(session.table, 1):

@@ -1,6 +1,6 @@
 """Imported by kernels/cpu.py, the first of our modules: what has to be settled before torch, which takes a second, is imported.
 
-Until quantize.run takes over, Ctrl-C ends the process without a traceback; torch does not warn where numpy is missing.
+Until quantize.run takes over, Ctrl-C ends the process without a traceback; torch warns of nothing: what is wrong, we say.
 """
 
 import signal
@@ -10,4 +10,4 @@ from pathlib import Path
 
 if Path(sys.argv[0]).resolve().parent in (Path(__file__).parent, Path(__file__).parent / "scripts"):  # not in other programs
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    warnings.simplefilter("ignore")

@@ -6,13 +6,11 @@ Multiplying is the business of kernels/, the architecture that of model.py.
 """
 
 import argparse
-import errno
 import math
 import mmap
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,13 +84,9 @@ class Checkpoint:
 def reading(name: Path | str, cure: str) -> Iterator[None]:
     """What missing, foreign or damaged input makes us or a library raise becomes one ValueError: name, reason, cure."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of TorchScript before it refuses it
-            yield
+        yield
     except Exception as error:  # there is no end to what damaged files make parsers raise
-        reason = (
-            str(error) if type(error) is ValueError else getattr(error, "strerror", 0) or f"{type(error).__name__}: {error}"
-        )
+        reason = getattr(error, "strerror", 0) or f"{type(error).__name__}: {error}".removeprefix("ValueError: ")
         raise ValueError(f"{name}: {reason[:200]}; {cure}") from error
 
 
@@ -279,8 +273,7 @@ def run(main: Callable[[], None]) -> None:
             sys.exit("there is not enough memory for this model and its context: quantize it, or use a smaller one")
         if isinstance(error, RuntimeError):
             raise
-        if error.args[:1] in [(errno.EPIPE,), (errno.ENOSPC,)]:  # or the interpreter complains while it ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what stdout does not take, the interpreter would complain of as well
         sys.exit(" ".join(str(error).split()))
 
 

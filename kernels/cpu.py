@@ -3,11 +3,10 @@
 import ctypes
 import hashlib
 import os
-import platform
-import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -17,21 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+COMPILER = os.environ.get("CXX", "g++")  # the rule of torch.compile
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-w"]
 MAX_ROWS = 16  # beyond, a library product is faster
 SCRATCH = 2**22  # weights that are dequantized at a time
 BITS = {torch.bfloat16: 16, torch.int8: 8, torch.uint8: 4}
 
 
-def compiler() -> str | None:
-    """The C++ compiler, by the rule of torch.compile: $CXX, else the platform's; None where it is not installed."""
-    return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
-
-
 def cpu_features() -> str:
     """What -march=native depends on: a home directory may be shared between hosts."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return platform.machine() + platform.processor() + next((x for x in lines if x.startswith(("flags", "Features"))), "")
+    return next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith(("flags", "Features"))), "")
 
 
 def cores() -> int:
@@ -54,20 +48,17 @@ def read_sealed(path: Path) -> bytes | None:
 def write_sealed(path: Path, data: bytes) -> None:
     """Write a file that ends with the SHA-256 of its name and of the rest, renamed into place, for this user alone."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        temporary.touch(mode=0o600)
-        temporary.write_bytes(data + hashlib.sha256(path.name.encode() + data).digest())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with suppress(FileNotFoundError), tempfile.NamedTemporaryFile(dir=path.parent) as file:  # it misses what is renamed
+        file.write(data + hashlib.sha256(path.name.encode() + data).digest())
+        file.flush()
+        os.replace(file.name, path)
 
 
 def build(folder: Path, flags: list[str]) -> ctypes.CDLL:
     """Load the library for `flags` from `folder`, built first where it is missing or not whole; two processes that start
     together only do the work twice. OSError, CalledProcessError where it fails."""
     source = Path(__file__).with_name("cpu.cpp").read_bytes()
-    command = [compiler() or "", *flags]
+    command = [COMPILER, *flags]
     key = hashlib.sha256(source + repr((command, cpu_features())).encode()).hexdigest()[:24]
     path = folder / f"cpu-{key}.so"
     if read_sealed(path) is None:
@@ -87,10 +78,8 @@ def library() -> ctypes.CDLL | None:
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         print(f"no CPU kernels, so decoding is several times slower: install a C++ compiler ({error})", file=sys.stderr)
         return None
-    p, n = ctypes.c_void_p, ctypes.c_long
-    loaded.linear.argtypes = [p, n, p, p, p, n, n, n, n, p]
-    loaded.dequantize.argtypes = [p, p, p, n, n, n, n, ctypes.c_bool, p]
-    loaded.attention.argtypes = [p, p, n, n, n, n, n, n, p, p, p]
+    for name, count in (("linear", 10), ("dequantize", 9), ("attention", 11)):
+        getattr(loaded, name).argtypes = [ctypes.c_void_p] * count  # numbers too: all but a flag are as wide as a pointer
     return loaded
 
 

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -329,13 +330,13 @@ def bandwidth(device: str) -> float:
         return data.nbytes / events[0].elapsed_time(events[1]) / 1e6
     program = Path(tempfile.gettempdir()) / f"read_bandwidth-{os.getuid()}"
     source = Path(__file__).with_name("read_bandwidth.cpp")
-    if cpu.compiler() is None:
+    if shutil.which(cpu.COMPILER) is None:
         data = torch.zeros(2**27, dtype=torch.int64)
         start = time.perf_counter()
         data.sum()
         return data.nbytes / (time.perf_counter() - start) / 1e9
     if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
-        subprocess.run([cpu.compiler(), "-O3", "-march=native", "-fopenmp", source, "-o", program], check=True)
+        subprocess.run([cpu.COMPILER, "-O3", "-march=native", "-fopenmp", source, "-o", program], check=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(cpu.cores())}
     return statistics.median(map(float, subprocess.check_output([program, "3"], env=environment, text=True).split()))
 

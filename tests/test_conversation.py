@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import generate_prefill
-from generate import Engine, Session, build_parser, converse, open_session
+from generate import Engine, Session, build_parser, converse
 from generate_prefill import CachedEngine, Store
 from quantize import quantize, read_checkpoint
 
@@ -61,7 +61,7 @@ def session_of(path: Path, *flags: object) -> Session:
         20,
         *flags,
     ]
-    return open_session(build_parser().parse_args(list(map(str, words))))
+    return Session(build_parser().parse_args(list(map(str, words))))
 
 
 @dataclass
@@ -135,7 +135,9 @@ def test_a_turn_runs_its_own_tokens_only(
     session = session_of(chat["float32"], *flags)
     if stored:  # as generate_prefill.py does
         engine = session.engines[0]
-        session.engines[0] = CachedEngine(engine.model, engine.cache, store=Store(tmp_path, 10**9), root="root")
+        session.engines[0] = CachedEngine(
+            engine.model, engine.cache, checkpoint=session.checkpoint, store=Store(tmp_path, 10**9)
+        )
     turns, held = talk(session, LINES, monkeypatch), 0
     for turn, (cached, computed, _) in zip(turns, session.table, strict=True):
         ended = len(turn.answer) < 20  # by EOS: then the last token of the answer ran as well

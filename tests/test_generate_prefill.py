@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import generate_prefill
 from generate import Speculation, generate, prompt_lookup
@@ -40,7 +41,9 @@ ENTRY = ARGS.n_layer * 2 * ARGS.n_kv_head * BLOCK * ARGS.head_dim * 4
 
 
 def cached_engine(folder: Path, budget: int = GB, model: Transformer = MODEL, root: str = "root") -> CachedEngine:
-    return CachedEngine(model, model.make_cache(model.args.max_seq_length), store=Store(folder, budget), root=root)
+    checkpoint = SimpleNamespace(args=model.args, header={"id": root, "quantization": None})
+    cache = model.make_cache(model.args.max_seq_length)
+    return CachedEngine(model, cache, checkpoint=checkpoint, store=Store(folder, budget))
 
 
 def answer(engine: CachedEngine, prompt: list[int], count: int = 12, speculation: Speculation | None = None) -> tuple:
