@@ -88,8 +88,7 @@ class Engine:
     def rewind(self, ids: list[int]) -> None:
         """Keep what begins like `ids`, but for the last of them: its logits are wanted, so it has to run."""
         if self.ids != ids[: len(self.ids)] or len(self.ids) == len(ids):
-            shared = next((i for i, (a, b) in enumerate(zip(self.ids, ids[:-1], strict=False)) if a != b), len(ids) - 1)
-            del self.ids[shared:]
+            self.ids = os.path.commonprefix([self.ids, ids[:-1]])
 
     @torch.inference_mode()
     def run(self, ids: list[int], sampling: Sampling, verify: bool = False) -> Tensor:
@@ -168,13 +167,10 @@ class Speculation:
         Of k guesses 1 + p + ... + p^k tokens are expected (https://arxiv.org/abs/2211.17192). Where none pays, one is tried
         all the same while half a pass in fifty is not lost yet: so it is noticed when guessing begins to pay.
         """
-        best = rate = tokens = 0
         room = min(room, self.reach, len(self.pass_cost) - 1) if self.pass_cost[0] else 0  # plain decoding is measured first
-        for k in range(room + 1):
-            tokens += (self.hits / self.trials) ** k
-            cost = self.pass_cost[k] + k * self.guess_cost
-            if tokens > rate * cost:
-                best, rate = k, tokens / max(cost, 1e-9)
+        p = self.hits / self.trials
+        rates = [sum(p**i for i in range(k + 1)) / max(self.pass_cost[k] + k * self.guess_cost, 1e-9) for k in range(room + 1)]
+        best = rates.index(max(rates))
         return best or (min(room, 1) if self.lost <= 0.5 * self.pass_cost[0] else 0)
 
     def learn(self, tried: int, accepted: int, guessing: float, verifying: float) -> None:
@@ -254,8 +250,6 @@ class Session:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own news are not the user's
         sys.stdout.reconfigure(encoding="utf-8")
         torch.set_num_threads(cpu.cores())
-        if args.profile and (args.profile.is_dir() or not os.access(args.profile.parent, os.W_OK)):
-            raise ValueError(f"--profile {args.profile}: no file can be written there: name one in a folder that exists")
         start, paths = time.perf_counter(), [args.checkpoint_path, args.draft_checkpoint_path]
         checkpoints = [read_checkpoint(path) for path in paths if path]
         pieces = ([c.args.vocab_size, *map(c.tokenizer.id_to_piece, range(c.tokenizer.vocab_size()))] for c in checkpoints)
@@ -269,7 +263,7 @@ class Session:
         guess = self.engines[-1].guess if len(checkpoints) > 1 else prompt_lookup
         self.speculation = Speculation(guess, args.speculate_k * self.guesses)
         self.chat = args.interactive and not args.raw and self.checkpoint.header["chat"]  # the user gets the Llama-2 template
-        self.statistics, self.table = [], []  # the last answer's lines; tokens cached, computed, and time to the first of each
+        self.statistics, self.table = "no answer yet", []  # tokens cached and computed, time to the first, of each answer
         print(f"Load time: {time.perf_counter() - start:.3f} s", file=sys.stderr)
         if args.compile or args.compile_prefill:
             self.compile()
@@ -343,18 +337,16 @@ class Session:
         tried, accepted = (sum(each[column] for each in rounds) for column in (0, 1))
         lengths = sorted(accepted for tried, accepted in rounds if tried)
         self.table.append((cached, prompt - cached, first))
-        self.statistics = [
-            f"Prompt tokens: {prompt} (cached {cached} of {prompt})",
-            f"Time to first token: {first:.3f} s",
-            f"Prefill: {(prompt - cached) / first:.2f} tokens/s",
-            f"Decode: {max(count - 1, 0) / seconds:.2f} tokens/s ({count} tokens in {end:.2f} s)",
-            f"Weights read: {len(rounds) * sum(weights) / seconds / 1e9:.2f} GB/s",
-            f"Guesses: {tried} tried, {accepted} accepted ({accepted / max(tried, 1):.3f})",
-            f"Tokens per pass: {1 + accepted / max(len(rounds), 1):.3f} in {len(rounds)} passes",
-            f"Accepted lengths: {', '.join(f'{n}: {lengths.count(n)}' for n in dict.fromkeys(lengths)) or 'none'}",
-            f"Stopped: {why}",
-            f"Peak memory: {peak / 1e9:.3f} GB ({'CUDA' if cuda else 'RSS'})",
-        ]
+        self.statistics = f"""Prompt tokens: {prompt} (cached {cached} of {prompt})
+Time to first token: {first:.3f} s
+Prefill: {(prompt - cached) / first:.2f} tokens/s
+Decode: {max(count - 1, 0) / seconds:.2f} tokens/s ({count} tokens in {end:.2f} s)
+Weights read: {len(rounds) * sum(weights) / seconds / 1e9:.2f} GB/s
+Guesses: {tried} tried, {accepted} accepted ({accepted / max(tried, 1):.3f})
+Tokens per pass: {1 + accepted / max(len(rounds), 1):.3f} in {len(rounds)} passes
+Accepted lengths: {", ".join(f"{n}: {lengths.count(n)}" for n in dict.fromkeys(lengths)) or "none"}
+Stopped: {why}
+Peak memory: {peak / 1e9:.3f} GB ({"CUDA" if cuda else "RSS"})"""
 
 
 def between(low: float, high: float = sys.float_info.max, kind: type = int) -> Callable[[str], float]:
@@ -390,7 +382,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", choices=DEVICES, default=DEVICES[0], help="cuda where there is one")
     add("--precision", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of activations, float weights")
     add("--ignore_eos", action="store_true", help="do not stop at the end-of-sequence token (for benchmarks)")
-    add("--profile", type=Path, help="write a trace of the answers to this file (open it in chrome://tracing)")
+    add("--profile", type=argparse.FileType("w"), help="write a trace of the answers to this file, for chrome://tracing")
     return parser
 
 
@@ -409,9 +401,9 @@ def answer_all(session: Session, texts: list[str]) -> None:
         for prompt, i in [(prompt, i) for prompt in prompts for i in range(session.args.num_samples)]:
             print("\n" * bool(session.table), end="")
             session.answer(prompt, i)
-            print(*session.statistics, sep="\n", file=sys.stderr)
+            print(session.statistics, file=sys.stderr)
     if profile:
-        trace.export_chrome_trace(str(profile))
+        trace.export_chrome_trace(profile.name)
 
 
 def converse(session: Session) -> None:
@@ -424,8 +416,8 @@ def converse(session: Session) -> None:
     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape", newline="\n")
     session.encode("Hello")  # or --system leaves no room for anything
     if keyboard:
-        with suppress(ImportError):
-            import readline  # noqa: F401, PLC0415  input() then edits the line, and has a history
+        import readline  # noqa: F401, PLC0415  input() then edits the line, and has a history
+
         print("/clear starts anew, /stats shows the last answer's figures, Ctrl-D leaves", file=sys.stderr)
     while True:
         try:
@@ -433,7 +425,7 @@ def converse(session: Session) -> None:
             if text == "/clear":
                 ids = []
             elif text == "/stats":
-                print(*session.statistics or ["no answer yet"], sep="\n", file=sys.stderr)
+                print(session.statistics, file=sys.stderr)
             elif text:
                 prompt = session.encode(text, ids)
                 ids = prompt + session.answer(prompt)

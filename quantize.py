@@ -6,7 +6,6 @@ Multiplying is the business of kernels/, the architecture that of model.py.
 """
 
 import argparse
-import math
 import mmap
 import os
 import signal
@@ -187,7 +186,7 @@ def quantize(checkpoint: Checkpoint, quantization: dict, device: str, path: Path
     if checkpoint.header["quantization"]:
         raise ValueError(f"{checkpoint.path} is quantized already: give the original")
     source = checkpoint.model
-    shapes = build_model(checkpoint.args, quantization, source["norm.weight"].dtype).state_dict()
+    tensors = build_model(checkpoint.args, quantization, source["norm.weight"].dtype).to_empty(device="cpu").state_dict()
 
     def fill(mapped: dict[str, Tensor]) -> None:
         for name, weight in progress(source.items(), "quantizing"):
@@ -204,8 +203,7 @@ def quantize(checkpoint: Checkpoint, quantization: dict, device: str, path: Path
                 for part, value in parts.items():
                     mapped[f"{layer}.{part}"][start : start + rows].copy_(value)
 
-    header = checkpoint.header | {"quantization": quantization}
-    write_checkpoint(path, header, {name: torch.empty_like(shape, device="cpu") for name, shape in shapes.items()}, fill)
+    write_checkpoint(path, checkpoint.header | {"quantization": quantization}, tensors, fill)
 
 
 @torch.inference_mode()
@@ -218,16 +216,15 @@ def compare(original: Checkpoint, quantized: Checkpoint, text: str, device: str)
     for start in progress(range(0, len(ids), window - 1), "checking"):
         tokens = torch.tensor([[tokenizer.bos_id(), *ids[start : start + window - 1]]], device=device)
         positions = torch.arange(tokens.shape[1] - 1, device=device)
-        logs = [m(tokens[:, :-1], positions, m.make_cache(window))[0].log_softmax(-1) for m in models]
-        for total, log in zip(sums, logs, strict=True):
-            loss = nn.functional.nll_loss(log, tokens[0, 1:], reduction="sum")
-            divergence = nn.functional.kl_div(log, logs[0], reduction="sum", log_target=True)
-            total += torch.stack([loss, divergence, (log.argmax(-1) == logs[0].argmax(-1)).sum()])
+        logs = torch.cat([m(tokens[:, :-1], positions, m.make_cache(window)).log_softmax(-1) for m in models])
+        loss = -logs.gather(2, tokens[:, 1:, None].expand(2, -1, -1)).sum((1, 2))
+        divergence = (logs[0].exp() * (logs[0] - logs)).sum((1, 2))
+        sums += torch.stack([loss, divergence, (logs.argmax(-1) == logs[0].argmax(-1)).sum(1)], dim=1)
     linear = [[t for n, t in c.model.items() if "norm" not in n and "embeddings" not in n] for c in (original, quantized)]
     lines = [f"{'':24}{'perplexity':>12}{'mean KL':>10}{'same top':>10}{'bytes':>16}{'bits/weight':>13}"]
-    for c, weights, (loss, divergence, same) in zip((original, quantized), linear, (sums / len(ids)).tolist(), strict=True):
+    for c, weights, (loss, divergence, same) in zip((original, quantized), linear, sums / len(ids), strict=True):
         size, bits = c.path.stat().st_size, 8 * sum(t.nbytes for t in weights) / sum(t.numel() for t in linear[0])
-        lines.append(f"{c.path.name:24}{math.exp(loss):12.4f}{divergence:10.5f}{same:10.2%}{size:16,}{bits:13.3f}")
+        lines.append(f"{c.path.name:24}{loss.exp():12.4f}{divergence:10.5f}{same:10.2%}{size:16,}{bits:13.3f}")
     return "\n".join(lines)
 
 

@@ -22,14 +22,11 @@ from torch import Tensor
 
 WEIGHTS = ["model[.-]*safetensors", "pytorch_model[.-]*bin"]  # whole or in shards; the first format that is there
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SUPPORTED = {
-    "model_type": ["llama"], "attention_bias": [False, None], "mlp_bias": [False, None], "hidden_act": ["silu"],
-    "quantization_config": [None], "rope scaling": ["default", "linear"],
-}  # fmt: skip
-LAYER = [  # Hugging Face's tensors of a layer, in the order in which `places` has ours
-    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
-    "mlp.down_proj", "input_layernorm", "post_attention_layernorm",
-]  # fmt: skip
+SUPPORTED = {"model_type": ["llama"], "attention_bias": [False, None], "mlp_bias": [False, None], "hidden_act": ["silu"],
+             "quantization_config": [None], "rope scaling": ["default", "linear"]}  # fmt: skip
+# Hugging Face's tensors of a layer, in the order in which `places` has ours.
+LAYER = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
+         "mlp.down_proj", "input_layernorm", "post_attention_layernorm"]  # fmt: skip
 
 
 def model_args(config: dict) -> ModelArgs:
@@ -41,31 +38,27 @@ def model_args(config: dict) -> ModelArgs:
         if key in SUPPORTED and value not in SUPPORTED[key]:
             raise ValueError(f"{key} = {value!r} is not supported: this program runs plain Llama models")
     dim, n_head = config["hidden_size"], config["num_attention_heads"]
-    return ModelArgs(
-        dim=dim, n_layer=config["num_hidden_layers"], n_head=n_head,
-        n_kv_head=config.get("num_key_value_heads") or n_head, head_dim=config.get("head_dim") or dim // n_head,
-        ffn_dim=config["intermediate_size"], vocab_size=config["vocab_size"], norm_eps=config["rms_norm_eps"],
-        rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
-        rope_scale=rope["factor"] if rope_type == "linear" else 1.0, max_seq_length=config["max_position_embeddings"],
-    )  # fmt: skip
+    return ModelArgs(dim=dim, n_layer=config["num_hidden_layers"], n_head=n_head, vocab_size=config["vocab_size"],
+                     n_kv_head=config.get("num_key_value_heads") or n_head, head_dim=config.get("head_dim") or dim // n_head,
+                     ffn_dim=config["intermediate_size"], max_seq_length=config["max_position_embeddings"],
+                     rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10000.0, norm_eps=config["rms_norm_eps"],
+                     rope_scale=rope["factor"] if rope_type == "linear" else 1.0)  # fmt: skip
 
 
 def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a safetensors file, mapped: 8 bytes of length, a JSON header of that length, raw data."""
+    """The tensors of a safetensors file, one in memory: 8 bytes of length, a JSON header of that length, raw data."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)[8 + length :]
     header.pop("__metadata__", None)
     for name, entry in header.items():
-        start, end = entry["data_offsets"]
-        raw, dtype = data[start:end], DTYPES.get(entry["dtype"], torch.uint8)
-        aligned = raw if raw.storage_offset() % dtype.itemsize == 0 else raw.clone()
-        yield name, aligned.view(dtype).view(entry["shape"] if entry["dtype"] in DTYPES else -1)
+        raw, dtype = data[slice(*entry["data_offsets"])].clone(), DTYPES.get(entry["dtype"], torch.uint8)  # clones are aligned
+        yield name, raw.view(dtype).view(entry["shape"] if entry["dtype"] in DTYPES else -1)
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """All (name, tensor) in a folder; mapped, but for .bin in the legacy format, of which one file is in memory at a time."""
+    """All (name, tensor) in a folder; one is in memory at a time, or of .bin in the legacy format one file."""
     formats = [sorted(folder.glob(pattern)) for pattern in WEIGHTS]
     for path in progress(formats[0] or formats[1], "converting file"):
         with reading(path, "cut short, damaged or no file of weights: download it again"):
@@ -77,13 +70,12 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def places(args: ModelArgs, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Where in our `tensors` each of Hugging Face's belongs, by its name."""
+    """Where in our `tensors`, a state_dict, each of Hugging Face's belongs, by its name."""
+    embeddings, *layers, norm, output = tensors.values()
+    names, ours = ["model.embed_tokens", "model.norm", "lm_head"], [embeddings, norm, output]
     q, kv = args.n_head * args.head_dim, args.n_kv_head * args.head_dim
-    names = ["model.embed_tokens", "model.norm", "lm_head"]
-    ours = [tensors[f"{name}.weight"] for name in ("tok_embeddings", "norm", "output")]
     for i in range(args.n_layer):
-        parts = ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2", "attention_norm", "ffn_norm")
-        wqkv, wo, w13, *others = (tensors[f"layers.{i}.{name}.weight"] for name in parts)
+        wqkv, wo, w13, *others = layers[6 * i : 6 * i + 6]
         names += [f"model.layers.{i}.{name}" for name in LAYER]
         ours += [*wqkv.split([q, kv, kv]), wo, *w13.split(args.ffn_dim), *others]
     return {f"{name}.weight": tensor for name, tensor in zip(names, ours, strict=True)}
@@ -95,7 +87,7 @@ def convert(folder: Path, precision: str) -> Path:
     with reading(path, "give a directory in Hugging Face layout, downloaded whole"):
         config = json.loads(path.read_bytes())
         args, tied = model_args(config), bool(config.get("tie_word_embeddings", False))
-        shapes = build_model(args, None, dtype).state_dict()
+        tensors = build_model(args, None, dtype).to_empty(device="cpu").state_dict()
     path = folder / "tokenizer.model"
     with reading(path, "only models with their own sentencepiece tokenizer are supported"):
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -103,7 +95,6 @@ def convert(folder: Path, precision: str) -> Path:
             raise ValueError(f"{tokenizer.vocab_size()} pieces, BOS {tokenizer.bos_id()}, vocab_size {args.vocab_size}")
     templates = [*folder.glob("tokenizer_config.json"), *folder.glob("chat_template.jinja")]
     chat = any(b"<<SYS>>" in path.read_bytes() for path in templates)
-    tensors = {name: torch.empty_like(shape, device="cpu") for name, shape in shapes.items()}
     if tied:
         tensors["output.weight"] = tensors["tok_embeddings.weight"]
 
