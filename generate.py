@@ -102,8 +102,7 @@ class Engine:
         if kind in self.compiled and len(ids) > 1:
             torch._dynamo.mark_dynamic(tokens, 1)
             torch._dynamo.mark_dynamic(input_pos, 0)
-        run = self.compiled.get(kind, step)
-        samples = run(self.model, tokens, input_pos, self.cache, sampling, kind == "prefill")
+        samples = self.compiled.get(kind, step)(self.model, tokens, input_pos, self.cache, sampling, kind == "prefill")
         self.ids += ids
         return samples
 
@@ -328,8 +327,7 @@ class Session:
 
     def account(self, prompt: int, cached: int, times: list[float], why: str) -> None:
         """Write the figures of an answer: tokens of its prompt, and when it began, each token came, and it ended."""
-        count, first, end = len(times) - 2, times[1] - times[0], times[-2] - times[0]
-        seconds = max(end - first, 1e-9)
+        first, end, seconds = times[1] - times[0], times[-2] - times[0], max(times[-2] - times[1], 1e-9)
         weights = [t.nbytes for n, t in self.engines[0].model.state_dict().items() if n != "tok_embeddings.weight"]
         cuda = self.args.device == "cuda"
         peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -340,7 +338,7 @@ class Session:
         self.statistics = f"""Prompt tokens: {prompt} (cached {cached} of {prompt})
 Time to first token: {first:.3f} s
 Prefill: {(prompt - cached) / first:.2f} tokens/s
-Decode: {max(count - 1, 0) / seconds:.2f} tokens/s ({count} tokens in {end:.2f} s)
+Decode: {max(len(times) - 3, 0) / seconds:.2f} tokens/s ({len(times) - 2} tokens in {end:.2f} s)
 Weights read: {len(rounds) * sum(weights) / seconds / 1e9:.2f} GB/s
 Guesses: {tried} tried, {accepted} accepted ({accepted / max(tried, 1):.3f})
 Tokens per pass: {1 + accepted / max(len(rounds), 1):.3f} in {len(rounds)} passes

@@ -101,8 +101,7 @@ class CachedEngine(Engine):
             with self.store.trouble_told():
                 for start, name, parts in self.blocks(ids[:-1]):
                     if start + BLOCK > len(self.ids):
-                        path = self.store.folder / name
-                        content = cpu.read_sealed(path)
+                        content = cpu.read_sealed(path := self.store.folder / name)
                         if content is None:  # where the file is not there, the walk ends without a word
                             raise OSError(f"{path} is damaged") if path.exists() else FileNotFoundError(path)
                         stored = torch.frombuffer(bytearray(content), dtype=parts[0].dtype).view(len(parts), *parts[0].shape)

@@ -28,8 +28,7 @@ class ModelArgs:
     max_seq_length: int  # positions that the model was trained for: prompt and answer together
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for field, value in zip(fields(self), vars(self).values(), strict=True):
             if not isinstance(value, (int, field.type)) or isinstance(value, bool) or not 0 < value < 2**31:
                 raise ValueError(f"{field.name} = {value!r} in the model's config: it must be a positive number below 2**31")
         if self.n_head % self.n_kv_head or self.head_dim % 2:

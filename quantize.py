@@ -50,9 +50,7 @@ class Linear(nn.Module):
 
 def groupsize_of(layer: str, quantization: dict | None) -> int | None:
     """How Linear stores `layer` in a checkpoint of that quantization. The output layer stays at 8 bits in int4."""
-    if quantization is None:
-        return None
-    return 0 if quantization["mode"] == "int8" or layer == "output" else quantization["groupsize"]
+    return quantization and (0 if quantization["mode"] == "int8" or layer == "output" else quantization["groupsize"])
 
 
 def build_model(args: ModelArgs, quantization: dict | None, dtype: torch.dtype) -> Transformer:
@@ -185,11 +183,12 @@ def quantize(checkpoint: Checkpoint, quantization: dict, device: str, path: Path
     """Write to `path` what `checkpoint` becomes under `quantization`, computed on `device` in slabs of a few rows."""
     if checkpoint.header["quantization"]:
         raise ValueError(f"{checkpoint.path} is quantized already: give the original")
-    source = checkpoint.model
-    tensors = build_model(checkpoint.args, quantization, source["norm.weight"].dtype).to_empty(device="cpu").state_dict()
+    tensors = (
+        build_model(checkpoint.args, quantization, checkpoint.model["norm.weight"].dtype).to_empty(device="cpu").state_dict()
+    )
 
     def fill(mapped: dict[str, Tensor]) -> None:
-        for name, weight in progress(source.items(), "quantizing"):
+        for name, weight in progress(checkpoint.model.items(), "quantizing"):
             layer = name.removesuffix(".weight")
             groupsize = groupsize_of(layer, quantization) if f"{layer}.scale" in mapped else None
             rows = max(1, SLAB // weight[0].numel())

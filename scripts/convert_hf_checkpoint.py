@@ -99,11 +99,10 @@ def convert(folder: Path, precision: str) -> Path:
         tensors["output.weight"] = tensors["tok_embeddings.weight"]
 
     def fill(mapped: dict[str, Tensor]) -> None:
-        wanted = places(args, mapped)
-        if tied:
-            del wanted["lm_head.weight"]
+        computed = ("rotary_emb.inv_freq", *["lm_head.weight"] * tied)
+        wanted = {name: place for name, place in places(args, mapped).items() if name not in computed}
         for name, tensor in read_tensors(folder):
-            if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
+            if name.endswith(computed):
                 continue
             place = wanted.pop(name, None)
             if place is None or not isinstance(tensor, Tensor) or place.shape != tensor.shape or not tensor.is_floating_point():
