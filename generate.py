@@ -15,9 +15,10 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import tp
 from kernels import cpu
 from model import Transformer
-from quantize import DEVICES, Checkpoint, load_model, read_checkpoint, run, utf8
+from quantize import DEVICES, Checkpoint, read_checkpoint, run, utf8
 
 import sentencepiece
 import torch
@@ -91,7 +92,7 @@ class Engine:
             self.ids = os.path.commonprefix([self.ids, ids[:-1]])
 
     @torch.inference_mode()
-    def run(self, ids: list[int], sampling: Sampling, verify: bool = False) -> Tensor:
+    def run(self, ids: list[int], sampling: Sampling, verify: bool = False) -> list[int]:
         """Run `ids` behind those in the cache; the token [1] sampled after the last, or where `verify` [S] after each.
 
         All tensors are made in here: an inference tensor and a normal one are not the same to a compiled step.
@@ -104,20 +105,20 @@ class Engine:
             torch._dynamo.mark_dynamic(input_pos, 0)
         samples = self.compiled.get(kind, step)(self.model, tokens, input_pos, self.cache, sampling, kind == "prefill")
         self.ids += ids
-        return samples
+        return tp.gather(samples.tolist())[0]  # those of the first rank, should another have rounded otherwise
 
-    def extend(self, ids: list[int], sampling: Sampling) -> Tensor:
+    def extend(self, ids: list[int], sampling: Sampling) -> list[int]:
         """Run what is missing of the sequence `ids`, in chunks; the token [1] sampled after the last."""
         for start in range(len(self.ids), len(ids), PREFILL_ROWS):
-            token = self.run(ids[start : start + PREFILL_ROWS], sampling)
-        return token
+            samples = self.run(ids[start : start + PREFILL_ROWS], sampling)
+        return samples
 
     def guess(self, ids: list[int], count: int, sampling: Sampling) -> list[int]:
         """Up to `count` tokens that follow `ids`, as far as the context goes: what a draft does."""
         self.rewind(ids)
         sequence = list(ids)
         while len(sequence) < min(len(ids) + count, self.model.args.max_seq_length + 1):
-            sequence.append(int(self.extend(sequence, sampling)))
+            sequence += self.extend(sequence, sampling)
         return sequence[len(ids) :]
 
     def keep(self, ids: list[int]) -> None:
@@ -169,8 +170,8 @@ class Speculation:
         room = min(room, self.reach, len(self.pass_cost) - 1) if self.pass_cost[0] else 0  # plain decoding is measured first
         p = self.hits / self.trials
         rates = [sum(p**i for i in range(k + 1)) / max(self.pass_cost[k] + k * self.guess_cost, 1e-9) for k in range(room + 1)]
-        best = rates.index(max(rates))
-        return best or (min(room, 1) if self.lost <= 0.5 * self.pass_cost[0] else 0)
+        best = rates.index(max(rates)) or (min(room, 1) if self.lost <= 0.5 * self.pass_cost[0] else 0)
+        return tp.gather(best)[0] if room else 0  # the first rank's clock decides
 
     def learn(self, tried: int, accepted: int, guessing: float, verifying: float) -> None:
         """Take note of a pass: guesses tried and accepted, and the seconds that guessing and verifying took."""
@@ -196,7 +197,7 @@ def generate(
     """
     ids, limit = list(prompt), engine.model.args.max_seq_length
     assert engine.ids == prompt[: len(engine.ids)] and len(engine.ids) < len(prompt), "Engine.rewind comes first"
-    tokens = engine.extend(prompt, sampling).tolist()
+    tokens = engine.extend(prompt, sampling)
     speculation.guess(prompt, 1, sampling)  # a draft reads the prompt now, or that would be taken for the cost of a guess
     while True:
         for token in tokens:
@@ -212,7 +213,7 @@ def generate(
         count = speculation.choose(min(limit, len(prompt) + max_new_tokens - 1) - len(ids))
         guesses = speculation.guess(ids, count, sampling) if count else []
         guessed = time.perf_counter()
-        samples = engine.run([token, *guesses], sampling, verify=True).tolist()
+        samples = engine.run([token, *guesses], sampling, verify=True)
         accepted = next((i for i, (a, b) in enumerate(zip(guesses, samples, strict=False)) if a != b), len(guesses))
         speculation.learn(len(guesses), accepted, guessed - start, time.perf_counter() - guessed)
         del engine.ids[len(ids) + accepted :]
@@ -256,20 +257,19 @@ class Session:
             raise ValueError(f"{paths[1]} has another vocabulary than the model: choose a draft of its family")
         self.args, self.checkpoint, self.engines = args, checkpoints[0], []  # the model's, then the draft's
         for checkpoint in checkpoints:
-            model = load_model(checkpoint, args.device, getattr(torch, args.precision))
+            model = tp.load_model(checkpoint, args.device, getattr(torch, args.precision), bool(self.engines))
             self.engines.append(make_engine(model, model.make_cache(checkpoint.args.max_seq_length), checkpoint=checkpoint))
-        self.guesses = args.prompt_lookup or len(checkpoints) > 1
-        guess = self.engines[-1].guess if len(checkpoints) > 1 else prompt_lookup
-        self.speculation = Speculation(guess, args.speculate_k * self.guesses)
+        longest = args.speculate_k * (args.prompt_lookup or len(checkpoints) > 1)
+        self.speculation = Speculation(self.engines[1].guess if self.engines[1:] else prompt_lookup, longest)
         self.chat = args.interactive and not args.raw and self.checkpoint.header["chat"]  # the user gets the Llama-2 template
         self.statistics, self.table = "no answer yet", []  # tokens cached and computed, time to the first, of each answer
         print(f"Load time: {time.perf_counter() - start:.3f} s", file=sys.stderr)
         if args.compile or args.compile_prefill:
-            self.compile()
+            self.compile(["decode"] + ["verify"] * bool(longest) + ["prefill"] * args.compile_prefill)
 
-    def compile(self) -> None:
-        """Compile what the flags ask for. ValueError where that fails."""
-        start, kinds = time.perf_counter(), ["decode"] + ["verify"] * self.guesses + ["prefill"] * self.args.compile_prefill
+    def compile(self, kinds: list[str]) -> None:
+        """Compile these kinds of step of the model, and what a draft has. ValueError where that fails."""
+        start = time.perf_counter()
         try:
             for engine, each in zip(self.engines, (kinds, ["decode", "prefill"]), strict=False):
                 engine.compile(each, self.sampling())
@@ -315,7 +315,7 @@ class Session:
         except StopIteration as stop:
             why = stop.value
         except KeyboardInterrupt:
-            if not self.args.interactive:
+            if not self.args.interactive or tp.ranks()[1] > 1:  # torchrun ends all
                 raise
         times.append(time.perf_counter())
         print(stream.push(None), end="\n" * (self.args.interactive or sys.stdout.isatty()), flush=True)
@@ -386,11 +386,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def read_prompt(text: str) -> str:
     """The prompt, from standard input where `text` is "-". ValueError where it is empty or not UTF-8."""
-    piped = sys.stdin.buffer.read().removesuffix(b"\n") if text == "-" else b""
+    piped = tp.gather(sys.stdin.buffer.read().removesuffix(b"\n") if text == "-" else b"")[0]
     return utf8(piped if text == "-" else text.encode("utf-8", "surrogateescape"), "the prompt (--prompt, or standard input)")
 
 
-def answer_all(session: Session, texts: list[str]) -> None:
+def answer_all(texts: list[str], session: Session) -> None:
     """Print num_samples answers to each prompt, with statistics; or hold a conversation instead."""
     profile, prompts = session.args.profile, [session.encode(text) for text in texts]
     with torch.profiler.profile() if profile else nullcontext() as trace:
@@ -400,7 +400,7 @@ def answer_all(session: Session, texts: list[str]) -> None:
             print("\n" * bool(session.table), end="")
             session.answer(prompt, i)
             print(session.statistics, file=sys.stderr)
-    if profile:
+    if profile and tp.ranks()[0] == 0:
         trace.export_chrome_trace(profile.name)
 
 
@@ -417,9 +417,15 @@ def converse(session: Session) -> None:
         import readline  # noqa: F401, PLC0415  input() then edits the line, and has a history
 
         print("/clear starts anew, /stats shows the last answer's figures, Ctrl-D leaves", file=sys.stderr)
-    while True:
+
+    def listen() -> str | None:
         try:
-            text = input("> " * (keyboard and sys.stdout.isatty())).strip()
+            return input("> " * (keyboard and sys.stdout.isatty())).strip()
+        except EOFError:
+            return None
+
+    while (text := tp.gather(listen())[0]) is not None:
+        try:
             if text == "/clear":
                 ids = []
             elif text == "/stats":
@@ -429,16 +435,14 @@ def converse(session: Session) -> None:
                 ids = prompt + session.answer(prompt)
                 ids += closing[ids[-1:] == closing[:1] :]  # an answer may have ended with the space
                 session.encode("Hello", ids)  # or the context is full, and says so
-        except EOFError:
-            return
         except ValueError as error:
             print(error, file=sys.stderr)
 
 
 def main() -> None:
     args = build_parser().parse_args()
-    texts = [] if args.interactive else [read_prompt(args.prompt)]
-    answer_all(Session(args), texts)
+    tp.join(args.device)
+    answer_all([] if args.interactive else [read_prompt(args.prompt)], Session(args))
 
 
 if __name__ == "__main__":

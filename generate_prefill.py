@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import tp
 from generate import Engine, Session, answer_all, between, build_parser, read_prompt
 from kernels import cpu
 from quantize import run, utf8
 
 import torch
-from torch import Tensor
 
 BLOCK = 16  # tokens whose keys and values are one file
 CONTEXT = "Square numbers: " + ", ".join(f"{n} * {n} = {n * n}" for n in range(1, 41))
@@ -50,7 +50,7 @@ class Store:
                 print(f"the prefix cache cannot be used as it should: {error}", file=sys.stderr)
                 self.told = True
 
-    def write(self, name: str, age: int, parts: list[Tensor]) -> None:
+    def write(self, name: str, age: int, parts: list[torch.Tensor]) -> None:
         """Mark a file as used, stored before where it is not there; one of a greater `age` (nanoseconds) goes before others."""
         path, now = self.folder / name, time.time_ns() - age
         if not (name in self.whole and path.exists()) and cpu.read_sealed(path) is None:
@@ -85,10 +85,10 @@ class CachedEngine(Engine):
 
     store: Store | None = None
 
-    def blocks(self, ids: list[int]) -> Iterator[tuple[int, str, list[Tensor]]]:
+    def blocks(self, ids: list[int]) -> Iterator[tuple[int, str, list[torch.Tensor]]]:
         """For each whole block of `ids`: where it begins, its name, and its keys and values [n_kv_head, BLOCK, head_dim]."""
         header = self.checkpoint.header
-        name = repr((header["id"], self.checkpoint.args, header["quantization"], self.cache[0].k.dtype))
+        name = repr((header["id"], self.checkpoint.args, header["quantization"], self.cache[0].k.dtype, tp.ranks()))
         for start in range(0, len(ids) - BLOCK + 1, BLOCK):
             name = hashlib.sha256(f"{name} {ids[start : start + BLOCK]}".encode()).hexdigest()
             yield start, name, [half[0, :, start : start + BLOCK] for layer in self.cache for half in (layer.k, layer.v)]
@@ -107,6 +107,7 @@ class CachedEngine(Engine):
                         stored = torch.frombuffer(bytearray(content), dtype=parts[0].dtype).view(len(parts), *parts[0].shape)
                         torch._foreach_copy_(parts, stored.unbind())
                         self.ids[start:] = ids[start : start + BLOCK]
+            del self.ids[min(tp.gather(len(self.ids))) :]  # what every rank has found
 
     @torch.inference_mode()
     def keep(self, ids: list[int]) -> None:
@@ -127,15 +128,15 @@ def main() -> None:
     add("--cache_gb", type=between(0.001, kind=float), default=4.0, help="how much; the least recently used goes first (4)")
     add("--no_cache", action="store_true", help="read and write no files of prefixes")
     args = parser.parse_args()
+    tp.join(args.device)
     text = "" if args.interactive and args.context == CONTEXT else args.context
     if args.interactive and text == "-":
         raise ValueError("--context -: standard input is the conversation; give a text, or @FILE")
     args.system = utf8(Path(text[1:]).read_bytes(), text[1:]) if text.startswith("@") else text and read_prompt(text)
-    folder = args.cache_dir or args.checkpoint_path.parent / "prefixes"
-    store = None if args.no_cache else Store(folder, int(args.cache_gb * 1e9))
+    place, size = args.cache_dir or args.checkpoint_path.parent / "prefixes", int(args.cache_gb * 1e9)
     texts = [] if args.interactive else [read_prompt(prompt) for prompt in args.prompt or PROMPTS]
-    session = Session(args, partial(CachedEngine, store=store))
-    answer_all(session, texts)
+    session = Session(args, partial(CachedEngine, store=None if args.no_cache else Store(place, size)))
+    answer_all(texts, session)
     print(f"{'answer':>6}{'cached':>8}{'computed':>10}{'first token':>13}{'speed-up':>10}", file=sys.stderr)
     for i, (cached, computed, first) in enumerate(session.table, 1):
         print(f"{i:6}{cached:8}{computed:10}{first:11.3f} s{session.table[0][2] / first:9.1f}x", file=sys.stderr)

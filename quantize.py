@@ -109,11 +109,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, args, content, tokenizer, model)
 
 
-def load_model(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> Transformer:
+def load_model(checkpoint: Checkpoint, device: str, dtype: torch.dtype, part: Callable = lambda _, t: t) -> Transformer:
     """The model of a checkpoint on `device`. Float weights become `dtype`; all that need not change stays mapped."""
     model = build_model(checkpoint.args, checkpoint.header["quantization"], dtype)
     expected = model.state_dict()
-    weights = {n: t.to(device, expected[n].dtype) for n, t in progress(checkpoint.model.items(), "loading")}
+    weights = {n: part(n, t).to(device, expected[n].dtype) for n, t in progress(checkpoint.model.items(), "loading")}
     model.load_state_dict(weights, assign=True)
     return model
 
@@ -145,19 +145,19 @@ def write_checkpoint(path: Path, header: dict, tensors: dict[str, Tensor], fill:
 
 
 def quantize_int8(weight: Tensor) -> dict[str, Tensor]:
-    """Symmetric 8 bits for float32 `weight` [out, in]: the largest of each output channel becomes 127."""
-    scale = weight.abs().amax(dim=1) / 127
+    """Symmetric 8 bits for a float `weight` [out, in]: the largest of each output channel becomes 127."""
+    scale = weight.abs().amax(dim=1).float() / 127
     levels = (weight / scale.clamp(min=TINY)[:, None]).round().clamp(-127, 127)
     return {"weight": levels.to(torch.int8), "scale": scale}
 
 
 def quantize_int4(weight: Tensor, groupsize: int, rounds: int = 5) -> dict[str, Tensor]:
-    """4 bits for float32 `weight` [out, in]: per group, 16 levels from `minimum` on in steps of `scale`.
+    """4 bits for a float `weight` [out, in]: per group, 16 levels from `minimum` on in steps of `scale`.
 
     From the group's extremes, `rounds` of alternating least squares: levels for (scale, minimum), then the regression
     line of the weights over their levels; per group the best of all rounds is kept, in the bfloat16 that is stored.
     """
-    w = weight.unflatten(1, (-1, groupsize))
+    w = weight.float().unflatten(1, (-1, groupsize))
     mean = w.mean(dim=-1, keepdim=True)
 
     def levels_of(scale: Tensor, minimum: Tensor) -> Tensor:
@@ -190,15 +190,13 @@ def quantize(checkpoint: Checkpoint, quantization: dict, device: str, path: Path
     def fill(mapped: dict[str, Tensor]) -> None:
         for name, weight in progress(checkpoint.model.items(), "quantizing"):
             layer = name.removesuffix(".weight")
-            groupsize = groupsize_of(layer, quantization) if f"{layer}.scale" in mapped else None
+            group = groupsize_of(layer, quantization) if f"{layer}.scale" in mapped else None
             rows = max(1, SLAB // weight[0].numel())
             for start in range(0, len(weight), rows):
                 slab = weight[start : start + rows].to(device)
                 if not slab.isfinite().all():
                     raise ValueError(f"{checkpoint.path}: {name} holds NaN or infinity: get the checkpoint again")
-                parts = {"weight": slab}
-                if groupsize is not None:
-                    parts = quantize_int4(slab.float(), groupsize) if groupsize else quantize_int8(slab.float())
+                parts = {"weight": slab} if group is None else quantize_int4(slab, group) if group else quantize_int8(slab)
                 for part, value in parts.items():
                     mapped[f"{layer}.{part}"][start : start + rows].copy_(value)
 
@@ -265,12 +263,13 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        sys.stderr = sys.__stderr__  # a rank that has been silent says why it ends
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             sys.exit("there is not enough memory for this model and its context: quantize it, or use a smaller one")
-        if isinstance(error, RuntimeError):
+        if isinstance(error, RuntimeError) and not torch.distributed.is_initialized():
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what stdout does not take, the interpreter would complain of as well
-        sys.exit(" ".join(str(error).split()))
+        sys.exit("a rank has ended, or is out of reach: " * isinstance(error, RuntimeError) + " ".join(str(error).split()))
 
 
 if __name__ == "__main__":

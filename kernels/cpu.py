@@ -31,8 +31,7 @@ def cpu_features() -> str:
 def cores() -> int:
     """Physical cores that this process may use, shared out among the local ranks of torchrun: a product that waits for
     memory gains nothing from hyperthreads. A user's OMP_NUM_THREADS holds; that of torchrun does not."""
-    asked = "OMP_NUM_THREADS" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ
-    if asked or not hasattr(os, "sched_getaffinity"):
+    if "OMP_NUM_THREADS" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ:
         return torch.get_num_threads()
     siblings = [Path(f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list") for n in os.sched_getaffinity(0)]
     physical = {path.read_text() if path.exists() else str(path) for path in siblings}
@@ -73,8 +72,7 @@ def build(folder: Path, flags: list[str]) -> ctypes.CDLL:
 def library() -> ctypes.CDLL | None:
     """The kernels, or None with one line on stderr where they cannot be built."""
     try:  # Path.home: RuntimeError for a user without a home
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama_cpu_kernels"
-        loaded = build(folder, FLAGS)
+        loaded = build(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama_cpu_kernels", FLAGS)
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         print(f"no CPU kernels, so decoding is several times slower: install a C++ compiler ({error})", file=sys.stderr)
         return None
