@@ -263,7 +263,7 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        sys.stderr = sys.__stderr__  # a rank that has been silent says why it ends
+        sys.stderr = sys.__stderr__ if torch.distributed.is_initialized() else sys.stderr  # a silent rank says why it ends
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             sys.exit("there is not enough memory for this model and its context: quantize it, or use a smaller one")
         if isinstance(error, RuntimeError) and not torch.distributed.is_initialized():

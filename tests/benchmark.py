@@ -208,7 +208,7 @@ def ours(path: Path, device: str, compiled: bool, without: str) -> tuple[dict, C
         for _ in range(repeats):
             del engine.ids[128:]
             start = time.perf_counter()
-            engine.run([5] * count, sampling, verify=True).tolist()
+            engine.run([5] * count, sampling, verify=True)
             seconds.append(time.perf_counter() - start)
         return statistics.median(seconds)
 

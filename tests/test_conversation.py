@@ -82,7 +82,7 @@ def talk(
         turns[-1].answer = answer(self, prompt)
         return turns[-1].answer
 
-    def run_noted(self: Engine, ids: list[int], *rest: object, **more: object) -> torch.Tensor:
+    def run_noted(self: Engine, ids: list[int], *rest: object, **more: object) -> list[int]:
         if self is engine:
             before_run(turns)
             turns[-1].ran.append(len(ids))

@@ -1,0 +1,99 @@
+"""One rank of those that test_tensor_parallel.py starts: answers every case; rank 0 writes what came out to a file.
+
+python -m tests.ranks CASES FOLDER RESULTS      (CASES: text or memory)
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import tp
+from generate import Engine, Speculation, prompt_lookup
+from generate_prefill import CachedEngine, Store
+from quantize import read_checkpoint
+from tests.conftest import generated, make_sampling, new_engine
+
+import torch
+
+COUNT = 8  # tokens of an answer
+COMPILED = "gqa_int4.g32.pth"
+
+
+class Eager(Speculation):
+    """Guesses four tokens each time, whether that pays or not."""
+
+    def choose(self, room: int) -> int:
+        return min(room, 4)
+
+
+def load(path: Path, draft: bool = False) -> Engine:
+    checkpoint = read_checkpoint(path)
+    model = tp.load_model(checkpoint, "cpu", torch.float32, draft)
+    return CachedEngine(model, model.make_cache(256), checkpoint=checkpoint)
+
+
+def answers(path: Path, prompts: list[list[int]]) -> dict:
+    """What one checkpoint says on every path, and its logits for a batch of two, of odd length and of one token."""
+    engine, greedy, warm = load(path), make_sampling(), make_sampling(7, 0.8)
+
+    def say(prompt: list[int], sampling: object, speculation: Speculation | None = None, of: Engine = engine) -> list[int]:
+        of.ids = []
+        return generated(of, prompt, COUNT, sampling, speculation=speculation)
+
+    found = {"greedy": [say(prompt, greedy) for prompt in prompts], "sampled": [say(prompt, warm) for prompt in prompts]}
+    if path.name.endswith(("float.pth", "g64.pth")):
+        draft = load(path.with_name(path.name.split("_")[0] + ".draft.pth"), draft=True)
+        for name, guess in (("draft", draft.guess), ("lookup", prompt_lookup)):
+            found[f"sampled {name}"] = [say(prompt, warm, Eager(guess, 15)) for prompt in prompts]
+            found[f"greedy {name}, as it pays"] = [say(prompt, greedy, Speculation(guess, 5)) for prompt in prompts]
+    stored = {}
+    for run in ("first", "again"):
+        cached = replace(engine, cache=engine.model.make_cache(256), ids=[], store=Store(path.with_suffix(".prefixes"), 10**9))
+        cached.rewind(prompts[-1])
+        stored[run] = len(cached.ids)
+        found[f"greedy {run} stored"] = [generated(cached, prompts[-1], COUNT, greedy)]
+        cached.keep(cached.ids)
+    if path.name == COMPILED:
+        fast = new_engine(engine.model, 256)
+        fast.compile(["decode"], warm)
+        found["sampled compiled"] = [say(prompt, warm, of=fast) for prompt in prompts]
+    logits = []
+    for shape in ((2, 7), (1, 1)):
+        tokens = torch.arange(3, 3 + shape[0] * shape[1]).view(shape)
+        with torch.inference_mode():
+            logits += engine.model(tokens, torch.arange(shape[1]), engine.model.make_cache(16, shape[0]))[:, -1].tolist()
+    return {"said": found, "stored": stored, "logits": logits}
+
+
+def text(folder: Path) -> dict:
+    prompts = json.loads((folder / "prompts.json").read_text())
+    results = {}
+    for path in sorted(folder.glob("*_*.pth")):
+        try:
+            results[path.name] = answers(path, prompts)
+        except ValueError as error:
+            results[path.name] = {"refused": str(error)}
+    return results
+
+
+def memory(folder: Path) -> list:
+    """RssAnon and RssFile of each rank, in bytes, after one pass over the model."""
+    model = tp.load_model(read_checkpoint(folder / "model.pth"), "cpu", torch.bfloat16, False)
+    with torch.inference_mode():
+        model(torch.tensor([[1]]), torch.tensor([0]), model.make_cache(16))
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return tp.gather({words[0][:-1]: 1024 * int(words[1]) for words in lines if words[0] in ("RssAnon:", "RssFile:")})
+
+
+def main(cases: Callable, folder: Path, results: Path) -> None:
+    torch.set_num_threads(1)
+    tp.join("cpu")
+    found = cases(folder)
+    if tp.ranks()[0] == 0:
+        results.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main({"text": text, "memory": memory}[sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3]))

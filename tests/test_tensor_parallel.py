@@ -1,0 +1,300 @@
+"""Tensor parallelism: the text of one process for any number of ranks, a share of the memory, and an end in every case."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+
+import tp
+from model import ModelArgs
+from quantize import GROUPSIZES, build_model, quantize, read_checkpoint, write_checkpoint
+from tests.grow import shape_args
+
+import pytest
+import sentencepiece
+import torch
+from conftest import DEMO, assert_close
+
+ROOT = Path(__file__).parents[1]
+TOKENIZER = sentencepiece.SentencePieceProcessor(model_file=str(DEMO / "target" / "tokenizer.model"))
+TEXT = "def read_file(path):\n    with open(path) as file:\n        return file.read()\n\n\ndef write_file("
+GQA = ModelArgs(256, 2, 8, 4, 128, 1024, 2048, 1e-5, 10000.0, 1.0, 512)
+ODD = ModelArgs(64, 1, 3, 3, 32, 96, 2048, 1e-5, 10000.0, 1.0, 512)  # of a draft that no two ranks can share
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def write_random(path: Path, args: ModelArgs, quantization: dict | None = None, zeros: bool = False) -> None:
+    """A checkpoint with the demo's tokenizer."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(mapped: dict[str, torch.Tensor]) -> None:
+        for name, tensor in () if zeros else mapped.items():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * (0.3 if "norm" in name else tensor.shape[-1] ** -0.5))
+
+    tokenizer = TOKENIZER.serialized_model_proto()
+    header = {"config": asdict(args), "quantization": quantization, "chat": False, "tokenizer": tokenizer}
+    write_checkpoint(path, header, build_model(args, quantization, torch.bfloat16).to_empty(device="cpu").state_dict(), draw)
+
+
+@pytest.fixture(scope="module")
+def folder(demo: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models at 16, 8 and 4 bits, a draft of each, and prompts."""
+    folder = tmp_path_factory.mktemp("ranks")
+    shutil.copyfile(demo["target"], folder / "target_float.pth")
+    shutil.copyfile(demo["draft"], folder / "target.draft.pth")
+    write_random(folder / "gqa_float.pth", GQA)
+    write_random(folder / "gqa.draft.pth", ODD)
+    for name in ("target", "gqa"):
+        original = read_checkpoint(folder / f"{name}_float.pth")
+        quantize(original, {"mode": "int8"}, "cpu", folder / f"{name}_int8.pth")
+        for size in GROUPSIZES:
+            quantize(original, {"mode": "int4", "groupsize": size}, "cpu", folder / f"{name}_int4.g{size}.pth")
+    prompts = [[TOKENIZER.bos_id()], [TOKENIZER.bos_id(), *TOKENIZER.encode(TEXT)]]
+    (folder / "prompts.json").write_text(json.dumps(prompts))
+    return folder
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def ranks(count: int, *words: str | Path) -> list[subprocess.Popen]:
+    """`count` processes of one group, started as torchrun would; 0: one process without a group."""
+    group = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+    environments = [{"RANK": rank, "LOCAL_RANK": rank} | group for rank in range(count)] or [{}]
+    return [
+        subprocess.Popen(
+            [sys.executable, *words], cwd=ROOT, env=os.environ | {name: str(value) for name, value in environment.items()},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ) for environment in environments
+    ]  # fmt: skip
+
+
+def ended(processes: list[subprocess.Popen], seconds: float = 300) -> list[tuple[int, str, str]]:
+    """Status, stdout and stderr of each."""
+    outputs = [process.communicate(timeout=seconds) for process in processes]
+    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> Callable[[int], dict]:
+    """A function: number of ranks -> what they answered."""
+
+    @cache
+    def run(count: int) -> dict:
+        path = folder / f"results-{count}.json"
+        done = ended(ranks(count, "-m", "tests.ranks", "text", folder, path))
+        assert all(status == 0 for status, _, _ in done), done
+        return json.loads(path.read_text())
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_text_does_not_change_with_the_number_of_ranks(results: Callable[[int], dict], count: int) -> None:
+    """Greedy and sampled, plain and speculative, stored and compiled, at 16, 8 and 4 bits in every group size that divides."""
+    alone, shared = results(0), results(count)
+    assert alone.keys() == shared.keys() and len(shared) == 12
+    for name, found in shared.items():
+        if "refused" in found:
+            size = int(name.split(".g")[1].removesuffix(".pth"))
+            assert f"group size {size}" in found["refused"]
+            assert name.startswith("target") and (256 // count % size or 768 // count % size)
+            continue
+        assert found["said"] == alone[name]["said"], name
+        assert_close(torch.tensor(found["logits"]), torch.tensor(alone[name]["logits"]))
+        for path, said in found["said"].items():
+            usual = found["said"][path.split()[0]]
+            assert said == usual[-len(said) :], (name, path)
+    assert sum("refused" in found for found in shared.values()) == {1: 0, 2: 1, 4: 2}[count]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [0, 1, 2, 4])
+def test_ranks_find_their_own_parts_of_a_prefix_and_no_others(results: Callable[[int], dict], folder: Path, count: int) -> None:
+    """All numbers of ranks use one folder: what another number has stored there is not taken; one rank is like none."""
+    results(0)
+    length = len(json.loads((folder / "prompts.json").read_text())[-1])
+    for name, found in results(count).items():
+        if "refused" not in found:
+            whole = (length - 1) // 16 * 16
+            assert found["stored"] == {"first": whole if count == 1 else 0, "again": whole > 16 and whole}, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", [None, {"mode": "int8"}, {"mode": "int4", "groupsize": 32}], ids=["16", "8", "4"])
+def test_a_rank_has_its_share_of_the_weights_in_memory(tmp_path: Path, quantization: dict | None) -> None:
+    """1.1b: anonymous memory beyond that of a rank with a tiny model is the layers' share; the rest is mapped, not copied."""
+    anonymous, size = {}, {}
+    for shape, args in {"tiny": GQA, "1.1b": shape_args("1.1b", 2048)}.items():
+        (tmp_path / shape).mkdir()
+        write_random(tmp_path / shape / "model.pth", args, quantization, zeros=True)
+        weights = read_checkpoint(tmp_path / shape / "model.pth").model
+        size[shape] = sum(tensor.nbytes for name, tensor in weights.items() if name.startswith("layers."))
+        for count in (2, 4):
+            path = tmp_path / "results.json"
+            done = ended(ranks(count, "-m", "tests.ranks", "memory", tmp_path / shape, path))
+            assert all(status == 0 for status, _, _ in done), done
+            anonymous[shape, count] = [rank["RssAnon"] for rank in json.loads(path.read_text())]
+    for count in (2, 4):
+        for tiny, rank in zip(anonymous["tiny", count], anonymous["1.1b", count], strict=True):
+            share = size["1.1b"] / count
+            assert 0.95 * share < rank - tiny < 1.05 * share + 5e7, (count, anonymous, size)
+
+
+def torchrun(count: int, *words: str | Path, **options: object) -> subprocess.Popen:
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    command = [*TORCHRUN, "--standalone", f"--nproc_per_node={count}", *map(str, words)]
+    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **(pipes | options))
+
+
+def alone(*words: str | Path, text: str | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, input=text, capture_output=True, text=True, check=True)
+
+
+def test_torchrun_answers_like_python_and_only_rank_0_speaks(folder: Path) -> None:
+    words = ["--compile", "--checkpoint_path", folder / "target_float.pth", "--precision", "float32", "--max_new_tokens", "20"]
+    words += ["--draft_checkpoint_path", folder / "target.draft.pth", "--prompt", "-"]
+    usual = alone("generate.py", *words, text=TEXT)
+    process = torchrun(2, "generate.py", *words, stdin=subprocess.PIPE)
+    stdout, stderr = process.communicate(TEXT, timeout=300)
+    assert (process.returncode, stdout) == (0, usual.stdout), stderr
+    assert [line.split(":")[0] for line in stderr.splitlines()] == [line.split(":")[0] for line in usual.stderr.splitlines()]
+
+
+def test_torchrun_stores_prefixes_for_each_rank(folder: Path, tmp_path: Path) -> None:
+    words = ["generate_prefill.py", "--checkpoint_path", folder / "target_int8.pth", "--precision", "float32"]
+    words += ["--max_new_tokens", "8", "--cache_dir", tmp_path / "prefixes", "--context", TEXT * 2, "--prompt", "import"]
+    usual = alone(*words)
+    for cached in ("(cached 0 of", "(cached 64 of"):
+        [(status, stdout, stderr)] = ended([torchrun(2, *words)])
+        assert (status, stdout) == (0, usual.stdout), stderr
+        assert cached in stderr
+
+
+def test_torchrun_holds_a_conversation_and_ends_with_its_input(folder: Path) -> None:
+    words = ["generate.py", "--checkpoint_path", folder / "target_int4.g32.pth", "--precision", "float32", "--interactive"]
+    words += ["--max_new_tokens", "8", "--prompt_lookup"]
+    lines = "import os\n\n/stats\n/clear\ndef f(x):\n    return\n"
+    process = torchrun(2, *words, stdin=subprocess.PIPE)
+    stdout, stderr = process.communicate(lines, timeout=300)
+    assert (process.returncode, stdout) == (0, alone(*words, text=lines).stdout), stderr
+    assert stderr.count("Prompt tokens") == 1
+
+
+@pytest.mark.parametrize("name, count, cause", [
+    ("target_float.pth", 3, "n_head = 8 is no multiple of 3 ranks"),
+    ("target_int4.g256.pth", 2, "group size 256"),
+    ("none.pth", 2, "none.pth: No such file"),
+])  # fmt: skip
+def test_what_ranks_cannot_share_is_refused_by_name(folder: Path, name: str, count: int, cause: str) -> None:
+    for status, stdout, stderr in ended(ranks(count, "generate.py", "--checkpoint_path", folder / name)):
+        assert (status, stdout) == (1, "")
+        assert cause in stderr and len(stderr.splitlines()) == 1
+
+
+def test_hosts_with_other_checkpoints_are_refused(folder: Path) -> None:
+    """The shapes are the same, the weights are not."""
+    words, port = ["generate.py", "--checkpoint_path"], str(free_port())
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    (folder / "other").mkdir()
+    write_random(folder / "other" / "gqa_float.pth", GQA)
+    paths = [folder / "gqa_float.pth", folder / "other" / "gqa_float.pth"]
+    processes = [
+        subprocess.Popen([sys.executable, *words, path], cwd=ROOT, env=os.environ | group | {"RANK": str(rank)},
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank, path in enumerate(paths)
+    ]  # fmt: skip
+    for status, stdout, stderr in ended(processes):
+        assert (status, stdout) == (1, "")
+        assert "not the same file on every host" in stderr and len(stderr.splitlines()) == 1
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="2 GPUs"):
+        tp.join("cuda")
+
+
+def children(parent: int) -> list[int]:
+    """Process ids, oldest first: torchrun's ranks in their order."""
+    found = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True).stdout.split()
+    return sorted(map(int, found))
+
+
+def talking(folder: Path, **options: object) -> subprocess.Popen:
+    """Two ranks in the middle of an answer."""
+    words = ["--checkpoint_path", folder / "gqa_float.pth", "--max_new_tokens", 500, "--ignore_eos", "--num_samples", 99]
+    process = torchrun(2, "generate.py", *words, **options)
+    assert process.stdout.read(1)
+    return process
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_when_a_rank_is_killed_all_end_with_a_message(folder: Path, rank: int) -> None:
+    process = talking(folder)
+    group = children(process.pid)
+    assert len(group) == 2
+    os.kill(group[rank], signal.SIGKILL)
+    start = time.monotonic()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1 and time.monotonic() - start < 45
+    assert "SIGKILL" in stderr
+    assert not any(Path(f"/proc/{pid}").exists() for pid in group)
+
+
+def test_ctrl_c_ends_all_ranks(folder: Path) -> None:
+    process = talking(folder)
+    group = children(process.pid)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in group)
+
+
+HOSTS = """
+set -e
+ip link set lo up
+ip link add left type veth peer name right
+unshare --net sleep 300 &
+other=$!
+trap "kill $other" EXIT
+while [ "$(readlink /proc/$other/ns/net)" = "$(readlink /proc/$$/ns/net)" ]; do sleep 0.1; done
+ip link set right netns $other
+ip addr add 10.9.8.1/24 dev left
+ip link set left up
+nsenter --net=/proc/$other/ns/net sh -c "ip link set lo up; ip addr add 10.9.8.2/24 dev right; ip link set right up"
+run="$PYTHON -m torch.distributed.run --nnodes=2 --nproc_per_node=1 --rdzv-backend=c10d --rdzv-endpoint=10.9.8.1:29400"
+export GLOO_SOCKET_IFNAME=right TP_SOCKET_IFNAME=right
+nsenter --net=/proc/$other/ns/net $run --rdzv-conf=is_host=false --local-addr=10.9.8.2 "$@" > "$OTHER" 2>&1 &
+second=$!
+export GLOO_SOCKET_IFNAME=left TP_SOCKET_IFNAME=left
+$run --rdzv-conf=is_host=true --local-addr=10.9.8.1 "$@"
+wait $second
+"""
+
+
+def test_two_hosts_answer_like_one(folder: Path, tmp_path: Path) -> None:
+    """Two network namespaces, joined by a cable of their own; torchrun meets torchrun at an endpoint."""
+    probe = subprocess.run(["unshare", "--net", "ip", "link", "add", "left", "type", "veth", "peer", "name", "right"])
+    if probe.returncode:
+        pytest.skip("network namespaces are not permitted here")
+    words = ["generate.py", "--checkpoint_path", folder / "gqa_int8.pth", "--precision", "float32", "--max_new_tokens", "12"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "OTHER": str(tmp_path / "other")}
+    command = ["unshare", "--net", "bash", "-c", HOSTS, "hosts", *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stdout) == (0, alone(*words).stdout), done.stderr + (tmp_path / "other").read_text()
+    lines = (tmp_path / "other").read_text().splitlines()
+    assert [line for line in lines if "hostname of the client socket" not in line] == []  # these two have no names
