@@ -36,8 +36,8 @@ class Store:
     """
 
     def __init__(self, folder: Path, budget: int) -> None:
-        self.folder, self.budget, self.room, self.told = folder, budget, 0, False
-        self.whole = set()  # names of files that need not be read again to know that they are whole
+        # whole: names of files that need not be read again to know that they are whole
+        self.folder, self.budget, self.room, self.told, self.whole = folder, budget, 0, False, set()
         if not folder.exists():
             print(f"prefixes are stored in {folder}: --cache_gb limits it, --no_cache does without", file=sys.stderr)
 

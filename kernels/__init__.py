@@ -33,8 +33,8 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, minimum: Tens
 
 def _linear_cpu(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None) -> Tensor:
     if cpu.suits(x, weight):
-        few = cpu.MAX_ROWS if scale is None else 4 * cpu.MAX_ROWS  # so many are verified, or faster than to dequantize
-        if x.dtype == torch.bfloat16 and x.numel() <= few * x.shape[-1]:
+        # So many rows are verified, or read faster as they are stored than dequantized.
+        if x.dtype == torch.bfloat16 and x.numel() <= (cpu.MAX_ROWS if scale is None else 4 * cpu.MAX_ROWS) * x.shape[-1]:
             return cpu.few_rows(x, weight, scale, minimum)
         if scale is not None:
             return cpu.many_rows(x, weight, scale, minimum)

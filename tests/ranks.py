@@ -28,9 +28,9 @@ class Eager(Speculation):
         return min(room, 4)
 
 
-def load(path: Path, draft: bool = False) -> Engine:
+def load(path: Path, draft: bool = False, dtype: torch.dtype = torch.float32) -> Engine:
     checkpoint = read_checkpoint(path)
-    model = tp.load_model(checkpoint, "cpu", torch.float32, draft)
+    model = tp.load_model(checkpoint, "cpu", dtype, draft)
     return CachedEngine(model, model.make_cache(256), checkpoint=checkpoint)
 
 
@@ -67,6 +67,19 @@ def answers(path: Path, prompts: list[list[int]]) -> dict:
     return {"said": found, "stored": stored, "logits": logits}
 
 
+def rounded(path: Path, prompt: list[int]) -> dict:
+    """What a model says in bfloat16, plain and with a draft's guesses; its logits of six rows, one by one and at once."""
+    engine, draft = (load(path.with_name(name), dtype=torch.bfloat16) for name in ("target_float.pth", "target.draft.pth"))
+    found = []
+    for speculation in (None, Eager(draft.guess, 15)):
+        engine.ids = []
+        found.append(generated(engine, prompt, 32, make_sampling(3, 0.8), speculation=speculation))
+    with torch.inference_mode():
+        tokens, positions, caches = torch.arange(3, 9)[None], torch.arange(6), [engine.model.make_cache(16) for _ in range(2)]
+        rows = [engine.model(tokens[:, i : i + 1], positions[i : i + 1], caches[0])[0, 0].tolist() for i in range(6)]
+        return {"said": found, "rows": [rows, engine.model(tokens, positions, caches[1])[0].tolist()]}
+
+
 def text(folder: Path) -> dict:
     prompts = json.loads((folder / "prompts.json").read_text())
     results = {}
@@ -75,7 +88,7 @@ def text(folder: Path) -> dict:
             results[path.name] = answers(path, prompts)
         except ValueError as error:
             results[path.name] = {"refused": str(error)}
-    return results
+    return results | {"bfloat16": rounded(folder / "any", prompts[-1])}
 
 
 def memory(folder: Path) -> list:
