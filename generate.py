@@ -252,8 +252,7 @@ class Session:
         torch.set_num_threads(cpu.cores())
         start, paths = time.perf_counter(), [args.checkpoint_path, args.draft_checkpoint_path]
         checkpoints = [read_checkpoint(path) for path in paths if path]
-        pieces = ([c.args.vocab_size, *map(c.tokenizer.id_to_piece, range(c.tokenizer.vocab_size()))] for c in checkpoints)
-        if len(checkpoints) > 1 and next(pieces) != next(pieces):
+        if len({(c.args.vocab_size, *map(c.tokenizer.id_to_piece, range(c.tokenizer.vocab_size()))) for c in checkpoints}) > 1:
             raise ValueError(f"{paths[1]} has another vocabulary than the model: choose a draft of its family")
         self.args, self.checkpoint, self.engines = args, checkpoints[0], []  # the model's, then the draft's
         for checkpoint in checkpoints:
@@ -352,7 +351,9 @@ def between(low: float, high: float = sys.float_info.max, kind: type = int) -> C
 
     def number(text: str) -> float:
         if not low <= (value := kind(text)) <= high:
-            raise argparse.ArgumentTypeError(f"{text}: must be at least {low}" + f" and at most {high}" * (high < 1e9))
+            raise argparse.ArgumentTypeError(
+                f"{text}: must be at least {low}" + f" and at most {high}" * (high < sys.float_info.max)
+            )
         return value
 
     return number
@@ -380,7 +381,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", choices=DEVICES, default=DEVICES[0], help="cuda where there is one")
     add("--precision", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of activations, float weights")
     add("--ignore_eos", action="store_true", help="do not stop at the end-of-sequence token (for benchmarks)")
-    add("--profile", type=argparse.FileType("w"), help="write a trace of the answers to this file, for chrome://tracing")
+    add("--profile", type=lambda path: open(path, "a").name, help="trace the answers, for chrome://tracing")  # noqa: SIM115
     return parser
 
 
@@ -392,7 +393,7 @@ def read_prompt(text: str) -> str:
 
 def answer_all(texts: list[str], session: Session) -> None:
     """Print num_samples answers to each prompt, with statistics; or hold a conversation instead."""
-    profile, prompts = session.args.profile, [session.encode(text) for text in texts]
+    profile, prompts = session.args.profile, tp.gather([session.encode(text) for text in texts])[0]
     with torch.profiler.profile() if profile else nullcontext() as trace:
         if session.args.interactive:
             converse(session)
@@ -401,7 +402,7 @@ def answer_all(texts: list[str], session: Session) -> None:
             session.answer(prompt, i)
             print(session.statistics, file=sys.stderr)
     if profile and tp.ranks()[0] == 0:
-        trace.export_chrome_trace(profile.name)
+        trace.export_chrome_trace(profile)
 
 
 def converse(session: Session) -> None:
@@ -431,7 +432,7 @@ def converse(session: Session) -> None:
             elif text == "/stats":
                 print(session.statistics, file=sys.stderr)
             elif text:
-                prompt = session.encode(text, ids)
+                prompt = tp.gather(session.encode(text, ids))[0]
                 ids = prompt + session.answer(prompt)
                 ids += closing[ids[-1:] == closing[:1] :]  # an answer may have ended with the space
                 session.encode("Hello", ids)  # or the context is full, and says so

@@ -55,9 +55,7 @@ class Store:
         path, now = self.folder / name, time.time_ns() - age
         if not (name in self.whole and path.exists()) and cpu.read_sealed(path) is None:
             content = torch.stack(parts).flatten().cpu().view(torch.uint8)
-            if self.room < len(content):
-                self.room = self.make_room(len(content))
-            self.room -= len(content)
+            self.room = (self.room if self.room >= len(content) else self.make_room(len(content))) - len(content)
             cpu.write_sealed(path, ctypes.string_at(content.data_ptr(), len(content)))
         self.whole.add(name)
         os.utime(path, ns=(now, now))
@@ -87,8 +85,7 @@ class CachedEngine(Engine):
 
     def blocks(self, ids: list[int]) -> Iterator[tuple[int, str, list[torch.Tensor]]]:
         """For each whole block of `ids`: where it begins, its name, and its keys and values [n_kv_head, BLOCK, head_dim]."""
-        header = self.checkpoint.header
-        name = repr((header["id"], self.checkpoint.args, header["quantization"], self.cache[0].k.dtype, tp.ranks()))
+        name = repr((self.checkpoint.header["id"], self.checkpoint.args, self.cache[0].k.dtype, tp.ranks()))
         for start in range(0, len(ids) - BLOCK + 1, BLOCK):
             name = hashlib.sha256(f"{name} {ids[start : start + BLOCK]}".encode()).hexdigest()
             yield start, name, [half[0, :, start : start + BLOCK] for layer in self.cache for half in (layer.k, layer.v)]
@@ -132,7 +129,8 @@ def main() -> None:
     text = "" if args.interactive and args.context == CONTEXT else args.context
     if args.interactive and text == "-":
         raise ValueError("--context -: standard input is the conversation; give a text, or @FILE")
-    args.system = utf8(Path(text[1:]).read_bytes(), text[1:]) if text.startswith("@") else text and read_prompt(text)
+    file = Path(text[1:]).read_bytes() if text.startswith("@") and tp.ranks()[0] == 0 else b""
+    args.system = utf8(tp.gather(file)[0], text[1:]) if text.startswith("@") else text and read_prompt(text)
     place, size = args.cache_dir or args.checkpoint_path.parent / "prefixes", int(args.cache_gb * 1e9)
     texts = [] if args.interactive else [read_prompt(prompt) for prompt in args.prompt or PROMPTS]
     session = Session(args, partial(CachedEngine, store=None if args.no_cache else Store(place, size)))

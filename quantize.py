@@ -257,19 +257,22 @@ def run(main: Callable[[], None]) -> None:
     """Call a script's `main`; what a user can cause ends in one line on stderr and status 1, Ctrl-C in status 130."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdin, sys.stdout, sys.stderr = (s or open(os.devnull, "r+") for s in (sys.stdin, sys.stdout, sys.stderr))  # noqa: SIM115
+    status = 0
     try:
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        sys.stderr = sys.__stderr__ if torch.distributed.is_initialized() else sys.stderr  # a silent rank says why it ends
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-            sys.exit("there is not enough memory for this model and its context: quantize it, or use a smaller one")
-        if isinstance(error, RuntimeError) and not torch.distributed.is_initialized():
+        lacking = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        if isinstance(error, RuntimeError) and not lacking and "LOCAL_RANK" not in os.environ:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what stdout does not take, the interpreter would complain of as well
-        sys.exit("a rank has ended, or is out of reach: " * isinstance(error, RuntimeError) + " ".join(str(error).split()))
+        status, cure = 1, "there is not enough memory for this model and its context: quantize it, or use a smaller one"
+        reason = "a rank has ended, or is out of reach: " * isinstance(error, RuntimeError) + " ".join(str(error).split())
+        # Of silent ranks the first of each host says why.
+        print(cure if lacking else reason, file=sys.__stderr__ if os.environ.get("LOCAL_RANK") == "0" else sys.stderr)
+    (os._exit if "LOCAL_RANK" in os.environ else sys.exit)(status)  # threads of a group abort an interpreter that winds up
 
 
 if __name__ == "__main__":

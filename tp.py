@@ -6,9 +6,7 @@ It owns the process group, the one rule by which weights are divided, and how ra
 differently: text that is read, times, files. All run the same program; rank 0 alone reads the keyboard and writes.
 """
 
-import atexit
 import os
-import sys
 from dataclasses import replace
 from datetime import timedelta
 
@@ -34,9 +32,6 @@ def join(device: str) -> None:
         torch.cuda.set_device(local)
     if "LOCAL_RANK" in os.environ:  # a conversation may rest for days; a rank that ends is noticed all the same
         dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", timeout=timedelta(weeks=52))
-        atexit.register(dist.destroy_process_group)  # or its threads abort the interpreter's end
-    if ranks()[0] > 0:
-        sys.stdin = sys.stdout = sys.stderr = open(os.devnull, "r+")  # noqa: SIM115
 
 
 def gather(value: object) -> list:
@@ -76,7 +71,9 @@ def load_model(checkpoint: quantize.Checkpoint, device: str, dtype: torch.dtype,
     if len(set(gather(checkpoint.header["id"]))) > 1:
         raise ValueError(f"{checkpoint.path} is not the same file on every host: copy that of the first to the others")
     sizes = {name: getattr(args, name) for name in ("n_head", "n_kv_head", "ffn_dim")}
-    uneven = [f"{name} = {size}" for name, size in sizes.items() if size % count]
+    group = (checkpoint.header["quantization"] or {}).get("groupsize", 1)
+    groups = {"groups of wo's inputs": args.n_head * args.head_dim // group, "groups of w2's inputs": args.ffn_dim // group}
+    uneven = [f"{name} = {size}" for name, size in (sizes | groups).items() if size % count]
     if count == 1 or (draft and uneven):
         return quantize.load_model(checkpoint, device, dtype)
     if uneven:

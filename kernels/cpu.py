@@ -118,8 +118,7 @@ def many_rows(x: Tensor, *weight: Tensor | None) -> Tensor:
 
 def attention(qkv: Tensor, rope: Tensor, input_pos: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
     """`kernels.attention` of a batch of one and up to MAX_ROWS rows in bfloat16."""
-    _, rows, width = qkv.shape
-    _, n_kv_head, positions, head_dim = k_cache.shape
+    (_, rows, width), (_, n_kv_head, positions, head_dim) = qkv.shape, k_cache.shape
     n_head, pointers = width // head_dim - 2 * n_kv_head, [k_cache.data_ptr(), v_cache.data_ptr()]
     qkv, rope, y = qkv.contiguous(), rope.contiguous(), qkv.new_empty(1, rows, n_head * head_dim)
     shape = int(input_pos[0]), rows, n_head, n_kv_head, head_dim, positions

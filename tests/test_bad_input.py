@@ -278,6 +278,11 @@ MACHINE = {
         f"PYTHON=$(which python); PATH= $PYTHON {GENERATE.removeprefix('python')} --compile", "compiler ... install"
     ),
     "a compiler that fails": Case(f"CXX=false {GENERATE} --compile", "compile"),
+    "trace into no directory": Case(f"{GENERATE} --profile $DIR/none/trace.json", "No such file ... none/trace.json"),
+    "trace over a directory": Case(f"{GENERATE} --profile $DIR", "Is a directory"),
+    "trace over a file, and no checkpoint": Case(
+        f"{GENERATE.replace('model.pth', 'none.pth')} --profile $DIR/model.pth", "none.pth: No such file"
+    ),
 }
 OUTPUT = {  # generation has begun: there may be text on stdout
     "disk full": Case(f"{GENERATE} > /dev/full", "No space left"),
@@ -389,8 +394,6 @@ PREPARE = {
     "offline": Case(DOWNLOAD, "HF_HUB_OFFLINE", env={"HF_HUB_OFFLINE": "1"}),
 }
 USAGE = {
-    "trace into no directory": Case(f"{GENERATE} --profile $DIR/none/trace.json", "--profile ... none ... No such file"),
-    "trace over a directory": Case(f"{GENERATE} --profile $DIR", "--profile ... Is a directory"),
     **{flag: Case(f"{GENERATE} {flag}", flag.split()[0]) for flag in (
         "--max_new_tokens 0", "--max_new_tokens -1", "--max_new_tokens abc", "--max_new_tokens 1.5", "--max_new_tokens ''",
         "--temperature -1", "--temperature nan", "--temperature inf", "--temperature warm", "--top_k 0", "--top_k x",

@@ -109,7 +109,7 @@ def test_text_does_not_change_with_the_number_of_ranks(results: Callable[[int], 
     for name, found in shared.items():
         if "refused" in found:
             size = int(name.split(".g")[1].removesuffix(".pth"))
-            assert f"group size {size}" in found["refused"]
+            assert f"is no multiple of {count} ranks" in found["refused"]
             assert name.startswith("target") and (256 // count % size or 768 // count % size)
             continue
         assert found["said"] == alone[name]["said"], name
@@ -205,13 +205,13 @@ def test_torchrun_holds_a_conversation_and_ends_with_its_input(folder: Path) -> 
 
 @pytest.mark.parametrize("name, count, cause", [
     ("target_float.pth", 3, "n_head = 8 is no multiple of 3 ranks"),
-    ("target_int4.g256.pth", 2, "group size 256"),
+    ("target_int4.g256.pth", 2, "groups of wo's inputs = 1 is no multiple of 2 ranks"),
     ("none.pth", 2, "none.pth: No such file"),
 ])  # fmt: skip
 def test_what_ranks_cannot_share_is_refused_by_name(folder: Path, name: str, count: int, cause: str) -> None:
-    for status, stdout, stderr in ended(ranks(count, "generate.py", "--checkpoint_path", folder / name)):
+    for rank, (status, stdout, stderr) in enumerate(ended(ranks(count, "generate.py", "--checkpoint_path", folder / name))):
         assert (status, stdout) == (1, "")
-        assert cause in stderr and len(stderr.splitlines()) == 1
+        assert (cause in stderr and len(stderr.splitlines()) == 1) if rank == 0 else stderr == ""
 
 
 def test_hosts_with_other_checkpoints_are_refused(folder: Path) -> None:
@@ -229,6 +229,43 @@ def test_hosts_with_other_checkpoints_are_refused(folder: Path) -> None:
     for status, stdout, stderr in ended(processes):
         assert (status, stdout) == (1, "")
         assert "not the same file on every host" in stderr and len(stderr.splitlines()) == 1
+
+
+def test_a_draft_that_ranks_cannot_share_is_whole_on_each(folder: Path, tmp_path: Path) -> None:
+    """Here for its groups: four ranks would have 64 inputs each, half a group."""
+    quantize(read_checkpoint(folder / "target.draft.pth"), {"mode": "int4", "groupsize": 128}, "cpu", tmp_path / "draft.pth")
+    words = ["generate.py", "--checkpoint_path", folder / "target_float.pth", "--precision", "float32", "--max_new_tokens", "8"]
+    words += ["--draft_checkpoint_path", tmp_path / "draft.pth"]
+    first, *others = ended(ranks(4, *words))
+    assert first[:2] == (0, alone(*words).stdout)
+    assert all(other == (0, "", "") for other in others)
+
+
+def test_text_from_a_file_is_that_of_the_first_rank(folder: Path, tmp_path: Path) -> None:
+    """The file may be on one host only, or be standard input."""
+    words = ["generate_prefill.py", "--checkpoint_path", folder / "target_float.pth", "--max_new_tokens", "4", "--no_cache"]
+    words += ["--precision", "float32", "--context", "@/dev/stdin", "--prompt", "import"]
+    process = torchrun(2, *words, stdin=subprocess.PIPE)
+    stdout, stderr = process.communicate(TEXT, timeout=100)
+    assert (process.returncode, stdout) == (0, alone(*words, text=TEXT).stdout), stderr
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--no_such_flag"], ["--prompt", "-"]], ids=" ".join)
+def test_only_rank_0_says_what_is_wrong_with_flags_and_input(folder: Path, words: list[str]) -> None:
+    words = ["generate.py", "--checkpoint_path", folder / "target_float.pth", *words]
+    usual = subprocess.run([sys.executable, *words], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    first, other = ended(ranks(2, *words))
+    assert first == (usual.returncode, usual.stdout, usual.stderr)
+    assert other == (usual.returncode, "", "")
+
+
+def test_an_address_that_is_not_there_is_one_line(folder: Path) -> None:
+    group = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "generate.py", "--checkpoint_path", folder / "target_float.pth"]
+    environment = os.environ | group | {"GLOO_SOCKET_IFNAME": "none0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "out of reach" in done.stderr and "none0" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
