@@ -64,7 +64,8 @@ class Store:
         """Delete until `size` bytes fit; the bytes that may be written before it is looked again: a sixteenth of what is free,
         so that as many processes do not exceed the budget together."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        files = sorted((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path) for entry in os.scandir(self.folder))
+        # What begins with tmp is being written, and gone when one looks.
+        files = sorted((e.stat().st_mtime_ns, e.stat().st_size, e.path) for e in os.scandir(self.folder) if e.name[:3] != "tmp")
         total = sum(length for _, length, _ in files) + size
         for _, length, path in files:
             if total > self.budget:

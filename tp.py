@@ -45,7 +45,7 @@ def gather(value: object) -> list:
 def part(name: str, tensor: torch.Tensor, args: ModelArgs) -> torch.Tensor:
     """This rank's part of a checkpoint's tensor, float, int8 or int4: output channels are dim 0, input channels dim 1 of each.
 
-    wqkv and w13 are divided by outputs, q, k, v, gate and w3 each by itself; wo and w2 by inputs; the rest is everybody's.
+    wqkv and w13 are divided by outputs, q, k, v, w1 and w3 each by itself; wo and w2 by inputs; the rest is everybody's.
     """
     heads, (rank, count) = [args.n_head, args.n_kv_head, args.n_kv_head], ranks()
     rules = {"wqkv": (0, heads), "w13": (0, [1, 1]), "wo": (1, [1]), "w2": (1, [1])}

@@ -92,12 +92,17 @@ def text(folder: Path) -> dict:
 
 
 def memory(folder: Path) -> list:
-    """RssAnon and RssFile of each rank, in bytes, after one pass over the model."""
+    """RssAnon and RssFile of each rank, in bytes, before the model is loaded and after one pass over it."""
+
+    def resident() -> dict[str, int]:
+        lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+        return {words[0][:-1]: 1024 * int(words[1]) for words in lines if words[0] in ("RssAnon:", "RssFile:")}
+
+    before = resident()
     model = tp.load_model(read_checkpoint(folder / "model.pth"), "cpu", torch.bfloat16, False)
     with torch.inference_mode():
         model(torch.tensor([[1]]), torch.tensor([0]), model.make_cache(16))
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return tp.gather({words[0][:-1]: 1024 * int(words[1]) for words in lines if words[0] in ("RssAnon:", "RssFile:")})
+    return tp.gather([before, resident()])
 
 
 def main(cases: Callable, folder: Path, results: Path) -> None:

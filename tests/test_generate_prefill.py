@@ -71,6 +71,13 @@ def test_what_this_process_has_stored_is_not_read_again(tmp_path: Path, monkeypa
     assert answer(cached_engine(tmp_path), A)[2] == 96
 
 
+def test_a_file_that_another_process_is_about_to_rename_does_not_stop_the_storing(tmp_path: Path) -> None:
+    """It is listed and gone when one looks at it, as this link to nowhere is."""
+    (tmp_path / "tmp12345").symlink_to("nowhere")
+    answer(cached_engine(tmp_path), A)
+    assert answer(cached_engine(tmp_path), A)[2] == 96
+
+
 def files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
