@@ -5,6 +5,7 @@ python -m tests.ranks CASES FOLDER RESULTS      (CASES: text or memory)
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import tp
 from generate import Engine, Speculation, prompt_lookup
 from generate_prefill import CachedEngine, Store
-from quantize import read_checkpoint
+from quantize import read_checkpoint, run
 from tests.conftest import generated, make_sampling, new_engine
 
 import torch
@@ -49,11 +50,11 @@ def answers(path: Path, prompts: list[list[int]]) -> dict:
             found[f"sampled {name}"] = [say(prompt, warm, Eager(guess, 15)) for prompt in prompts]
             found[f"greedy {name}, as it pays"] = [say(prompt, greedy, Speculation(guess, 5)) for prompt in prompts]
     stored = {}
-    for run in ("first", "again"):
+    for time_of in ("first", "again"):
         cached = replace(engine, cache=engine.model.make_cache(256), ids=[], store=Store(path.with_suffix(".prefixes"), 10**9))
         cached.rewind(prompts[-1])
-        stored[run] = len(cached.ids)
-        found[f"greedy {run} stored"] = [generated(cached, prompts[-1], COUNT, greedy)]
+        stored[time_of] = len(cached.ids)
+        found[f"greedy {time_of} stored"] = [generated(cached, prompts[-1], COUNT, greedy)]
         cached.keep(cached.ids)
     if path.name == COMPILED:
         fast = new_engine(engine.model, 256)
@@ -111,7 +112,9 @@ def main(cases: Callable, folder: Path, results: Path) -> None:
     found = cases(folder)
     if tp.ranks()[0] == 0:
         results.write_text(json.dumps(found))
+    tp.gather(None)
+    time.sleep(0.5)  # who ends at once cuts the others off from what they have not read yet
 
 
 if __name__ == "__main__":
-    main({"text": text, "memory": memory}[sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3]))
+    run(lambda: main({"text": text, "memory": memory}[sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3])))
