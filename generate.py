@@ -252,7 +252,8 @@ class Session:
         torch.set_num_threads(cpu.cores())
         start, paths = time.perf_counter(), [args.checkpoint_path, args.draft_checkpoint_path]
         checkpoints = [read_checkpoint(path) for path in paths if path]
-        if len({(c.args.vocab_size, *map(c.tokenizer.id_to_piece, range(c.tokenizer.vocab_size()))) for c in checkpoints}) > 1:
+        pieces = ([c.args.vocab_size, *map(c.tokenizer.id_to_piece, range(c.tokenizer.vocab_size()))] for c in checkpoints)
+        if len(checkpoints) > 1 and next(pieces) != next(pieces):
             raise ValueError(f"{paths[1]} has another vocabulary than the model: choose a draft of its family")
         self.args, self.checkpoint, self.engines = args, checkpoints[0], []  # the model's, then the draft's
         for checkpoint in checkpoints:
@@ -346,14 +347,12 @@ Stopped: {why}
 Peak memory: {peak / 1e9:.3f} GB ({"CUDA" if cuda else "RSS"})"""
 
 
-def between(low: float, high: float = sys.float_info.max, kind: type = int) -> Callable[[str], float]:
+def between(low: float, high: float = 1e300, kind: type = int) -> Callable[[str], float]:
     """An argparse type: a number of `kind` from `low` to `high`."""
 
     def number(text: str) -> float:
         if not low <= (value := kind(text)) <= high:
-            raise argparse.ArgumentTypeError(
-                f"{text}: must be at least {low}" + f" and at most {high}" * (high < sys.float_info.max)
-            )
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {low}" + f" and at most {high}" * (high < 1e300))
         return value
 
     return number
@@ -415,8 +414,8 @@ def converse(session: Session) -> None:
     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape", newline="\n")
     session.encode("Hello")  # or --system leaves no room for anything
     if keyboard:
-        import readline  # noqa: F401, PLC0415  input() then edits the line, and has a history
-
+        with suppress(ImportError):
+            import readline  # noqa: F401, PLC0415  input() then edits the line, and has a history
         print("/clear starts anew, /stats shows the last answer's figures, Ctrl-D leaves", file=sys.stderr)
 
     def listen() -> str | None:

@@ -183,9 +183,8 @@ def quantize(checkpoint: Checkpoint, quantization: dict, device: str, path: Path
     """Write to `path` what `checkpoint` becomes under `quantization`, computed on `device` in slabs of a few rows."""
     if checkpoint.header["quantization"]:
         raise ValueError(f"{checkpoint.path} is quantized already: give the original")
-    tensors = (
-        build_model(checkpoint.args, quantization, checkpoint.model["norm.weight"].dtype).to_empty(device="cpu").state_dict()
-    )
+    dtype = checkpoint.model["norm.weight"].dtype
+    tensors = build_model(checkpoint.args, quantization, dtype).to_empty(device="cpu").state_dict()
 
     def fill(mapped: dict[str, Tensor]) -> None:
         for name, weight in progress(checkpoint.model.items(), "quantizing"):
