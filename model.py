@@ -5,10 +5,10 @@ It owns no sequence: the cache is the caller's. It knows nothing of files, sampl
 
 from dataclasses import dataclass, fields
 
-import kernels
-
 import torch
 from torch import Tensor, nn
+
+import kernels
 
 
 @dataclass(frozen=True)
@@ -28,24 +28,13 @@ class ModelArgs:
     max_seq_length: int  # positions that the model was trained for: prompt and answer together
 
     def __post_init__(self) -> None:
-        for field, value in zip(fields(self), vars(self).values(), strict=True):
-            if not isinstance(value, (int, field.type)) or isinstance(value, bool) or not 0 < value < 2**31:
-                raise ValueError(f"{field.name} = {value!r} in the model's config: it must be a positive number below 2**31")
-        if self.n_head % self.n_kv_head or self.head_dim % 2:
-            raise ValueError(f"n_head must be a multiple of n_kv_head, and head_dim even, in the model's config: {self}")
-
-
-class KVCache(nn.Module):
-    """Keys and values of one layer and one batch, [B, n_kv_head, max_seq_length, head_dim] each, allocated once.
-
-    A module, because dynamo gives a module's buffers a static address even where the module arrives as an argument.
-    The memory is not touched before a position is written: on a CPU an unused tail costs nothing.
-    """
-
-    def __init__(self, batch: int, max_seq_length: int, args: ModelArgs, like: Tensor) -> None:
-        super().__init__()
-        for name in ("k", "v"):
-            self.register_buffer(name, like.new_empty(batch, args.n_kv_head, max_seq_length, args.head_dim))
+        """ValueError where this is no shape of a model."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, int | field.type) or isinstance(value, bool) or not 0 < value < 2**31:
+                raise ValueError(f"{field.name} = {value!r} in the config: it must be a positive number below 2**31")
+        if self.n_head % self.n_kv_head != 0 or self.head_dim % 2 != 0:
+            raise ValueError(f"n_head must be a multiple of n_kv_head and head_dim even in the config: {self}")
 
 
 class Attention(nn.Module):
@@ -53,20 +42,20 @@ class Attention(nn.Module):
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        self.wqkv = nn.Linear(args.dim, (args.n_head + 2 * args.n_kv_head) * args.head_dim, bias=False)
-        self.wo = nn.Linear(args.n_head * args.head_dim, args.dim, bias=False)
+        self.wqkv = kernels.Linear(args.dim, (args.n_head + 2 * args.n_kv_head) * args.head_dim)
+        self.wo = kernels.Linear(args.n_head * args.head_dim, args.dim)
 
-    def forward(self, x: Tensor, rope: Tensor, input_pos: Tensor, cache: KVCache) -> Tensor:
-        return self.wo(kernels.attention(self.wqkv(x), rope, input_pos, cache.k, cache.v))
+    def forward(self, x: Tensor, rope: Tensor, input_pos: Tensor, cache: Tensor) -> Tensor:
+        return self.wo(kernels.attention(self.wqkv(x), rope, input_pos, cache))
 
 
 class FeedForward(nn.Module):
-    """SwiGLU, https://arxiv.org/abs/2002.05202; `w13` = rows of the gate w1, then of w3, so that both are one product."""
+    """SwiGLU, https://arxiv.org/abs/2002.05202; `w13` = rows of the gate w1, then of w3, for both are one product."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        self.w13 = nn.Linear(args.dim, 2 * args.ffn_dim, bias=False)
-        self.w2 = nn.Linear(args.ffn_dim, args.dim, bias=False)
+        self.w13 = kernels.Linear(args.dim, 2 * args.ffn_dim)
+        self.w2 = kernels.Linear(args.ffn_dim, args.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w13(x).chunk(2, dim=-1)
@@ -81,8 +70,8 @@ class TransformerBlock(nn.Module):
         self.attention_norm = nn.RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = nn.RMSNorm(args.dim, args.norm_eps)
 
-    @torch.compiler.nested_compile_region  # compiled once, called for every layer: compile time does not grow with depth
-    def forward(self, x: Tensor, rope: Tensor, input_pos: Tensor, cache: KVCache) -> Tensor:
+    @torch.compiler.nested_compile_region  # compiled once for all layers: compile time does not grow with depth
+    def forward(self, x: Tensor, rope: Tensor, input_pos: Tensor, cache: Tensor) -> Tensor:
         h = x + self.attention(self.attention_norm(x), rope, input_pos, cache)
         return h + self.feed_forward(self.ffn_norm(h))
 
@@ -95,14 +84,17 @@ class Transformer(nn.Module):
         self.tok_embeddings = nn.Embedding.from_pretrained(torch.empty(args.vocab_size, args.dim))
         self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layer))
         self.norm = nn.RMSNorm(args.dim, args.norm_eps)
-        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.output = kernels.Linear(args.dim, args.vocab_size)
 
-    def make_cache(self, max_seq_length: int, batch: int = 1) -> nn.ModuleList:
-        """An empty cache of `max_seq_length` positions, one KVCache a layer, in the dtype of the embeddings."""
-        like = self.tok_embeddings.weight
-        return nn.ModuleList(KVCache(batch, max_seq_length, self.args, like) for _ in self.layers)
+    def make_cache(self, max_seq_length: int, batch: int = 1) -> Tensor:
+        """An empty cache [n_layer, 2, batch, n_kv_head, max_seq_length, head_dim] of keys and values.
 
-    def forward(self, tokens: Tensor, input_pos: Tensor, cache: nn.ModuleList, last_only: bool = False) -> Tensor:
+        Its memory is not touched before a position is written: on a CPU an unused tail costs nothing.
+        """
+        shape = (self.args.n_layer, 2, batch, self.args.n_kv_head, max_seq_length, self.args.head_dim)
+        return self.tok_embeddings.weight.new_empty(shape)
+
+    def forward(self, tokens: Tensor, input_pos: Tensor, cache: Tensor, last_only: bool = False) -> Tensor:
         """Logits in float32 of `tokens` [B, S] at the positions `input_pos` [S], which are consecutive.
 
         Keys and values are written to `cache` at these positions; positions behind them are not looked at. Returns
@@ -112,7 +104,9 @@ class Transformer(nn.Module):
         rope = rope_table(input_pos, self.args)
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             x = layer(x, rope, input_pos, layer_cache)
-        return self.output(self.norm(x[:, -1:] if last_only else x)).float()
+        if last_only:
+            x = x[:, -1:]
+        return self.output(self.norm(x)).float()
 
 
 def rope_table(input_pos: Tensor, args: ModelArgs) -> Tensor:

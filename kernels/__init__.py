@@ -1,62 +1,98 @@
-"""The three operators that decide the speed of decoding, and the one place where a device's kernel is chosen for each.
+"""What decides the speed of decoding: products with stored weights, and attention; where a kernel is chosen.
 
-`linear`, `attention`, `dequantize` hold for every device and number of rows; where there is no kernel, they are PyTorch.
+`Linear` and `attention` hold for every device and number of rows. Where there is no kernel, they are PyTorch's
+operators.
 """
-
-from kernels import cpu
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from kernels import cpu
+
+
+class Linear(nn.Module):
+    """A product with a weight that is stored in 16, 8 or 4 bits: see `dequantize` for the layouts.
+
+    What is stored is what is multiplied, so loading packs nothing. Until `store` is called it is a float weight.
+    """
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.n_in = n_in
+        self.n_out = n_out
+        self.register_buffer("weight", torch.empty(n_out, n_in))
+        self.register_buffer("scale", None)
+        self.register_buffer("minimum", None)
+
+    def store(self, bits: int, groupsize: int) -> None:
+        """Say how the weight is stored, before it is loaded: in 16 bits (as it is), 8, or 4 in groups of `groupsize`."""
+        if bits == 8:
+            self.weight = torch.empty(self.n_out, self.n_in, dtype=torch.int8)
+            self.scale = torch.empty(self.n_out, dtype=torch.float32)
+        elif bits == 4:
+            self.weight = torch.empty(self.n_out, self.n_in // 2, dtype=torch.uint8)
+            self.scale = torch.empty(self.n_out, self.n_in // groupsize, dtype=torch.bfloat16)
+            self.minimum = torch.empty_like(self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [..., n_in] times the transpose of the weight: [..., n_out] in the dtype of `x`."""
+        if x.device.type == "cpu":
+            return torch.ops.llama.linear(x, self.weight, self.scale, self.minimum)
+        return F.linear(x, dequantize(self.weight, self.scale, self.minimum, x.dtype))
 
 
 def dequantize(weight: Tensor, scale: Tensor | None, minimum: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The weight [out, in] in `dtype`, from any of the three stored layouts.
 
-    Float: `weight` [out, in]. int8: `weight` int8 [out, in] * `scale` [out]. int4: `weight` uint8 [out, in / 2], the
-    even input channel in the low nibble, * `scale` + `minimum`, both [out, in / groupsize]. Rounded once, at the end.
+    16 bits: `weight` [out, in] is float. 8 bits: `weight` int8 [out, in] * `scale` [out]. 4 bits: `weight` uint8
+    [out, in / 2], the even input channel in the low nibble, * `scale` + `minimum`, both [out, in / groupsize].
+    Rounded once, at the end.
     """
     if scale is None:
         return weight.to(dtype)
     if minimum is None:
         return (weight.float() * scale[:, None]).to(dtype)
-    nibbles = torch.stack([weight & 15, weight >> 4], dim=-1).view(*scale.shape, -1)
-    return torch.addcmul(minimum.float()[..., None], nibbles.float(), scale.float()[..., None]).flatten(1).to(dtype)
-
-
-def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, minimum: Tensor | None = None) -> Tensor:
-    """`x` [..., in] times the transpose of a stored weight (see `dequantize`): [..., out] in the dtype of `x`."""
-    if x.device.type == "cpu":
-        return torch.ops.llama.linear(x, weight, scale, minimum)
-    return F.linear(x, dequantize(weight, scale, minimum, x.dtype))
+    pairs = torch.stack([weight & 15, weight >> 4], dim=-1)
+    levels = pairs.view(*scale.shape, -1).float()  # [out, groups, groupsize]
+    restored = torch.addcmul(minimum.float()[..., None], levels, scale.float()[..., None])
+    return restored.flatten(1).to(dtype)
 
 
 def _linear_cpu(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None) -> Tensor:
-    if cpu.suits(x, weight):
-        # So many rows are verified, or read faster as they are stored than dequantized.
-        if x.dtype == torch.bfloat16 and x.numel() <= (cpu.MAX_ROWS if scale is None else 4 * cpu.MAX_ROWS) * x.shape[-1]:
-            return cpu.few_rows(x, weight, scale, minimum)
-        if scale is not None:
-            return cpu.many_rows(x, weight, scale, minimum)
-    return F.linear(x, dequantize(weight, scale, minimum, x.dtype))
+    """The operator llama.linear on a CPU."""
+    if not cpu.takes_product(x, weight, minimum):
+        return F.linear(x, dequantize(weight, scale, minimum, x.dtype))
+    rows = x.numel() // x.shape[-1]
+    # From so many rows on the library reads a float weight faster; a quantized one would have to be restored first.
+    most = cpu.MAX_ROWS if scale is None else 4 * cpu.MAX_ROWS
+    if x.dtype == torch.bfloat16 and rows <= most:
+        return cpu.multiply_few(x, weight, scale, minimum)
+    if scale is None:
+        return F.linear(x, weight.to(x.dtype))
+    return cpu.multiply_many(x, weight, scale, minimum)
 
 
-def _attention(qkv: Tensor, rope: Tensor, input_pos: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+def _attention(qkv: Tensor, rope: Tensor, input_pos: Tensor, cache: Tensor) -> Tensor:
+    """The operator llama.attention on every device."""
+    if cpu.takes_attention(qkv, cache):
+        return cpu.attend(qkv, rope, input_pos, cache)
     batch, rows, _ = qkv.shape
-    if batch == 1 and rows <= cpu.MAX_ROWS and qkv.dtype == torch.bfloat16 and qkv.is_cpu and cpu.library() is not None:
-        return cpu.attention(qkv, rope, input_pos, k_cache, v_cache)
-    n_kv_head, head_dim = k_cache.shape[1], k_cache.shape[3]
-    heads = qkv.view(batch, rows, -1, head_dim).transpose(1, 2)
-    q, k, v = heads.split([heads.shape[1] - 2 * n_kv_head, n_kv_head, n_kv_head], dim=1)
-    k_cache.index_copy_(2, input_pos, _rotate(k, rope))
-    v_cache.index_copy_(2, input_pos, v)
+    _, _, n_kv_head, _, head_dim = cache.shape
+    heads = qkv.view(batch, rows, -1, head_dim).transpose(1, 2)  # [B, heads, S, head_dim]
+    n_head = heads.shape[1] - 2 * n_kv_head
+    q, k, v = heads.split([n_head, n_kv_head, n_kv_head], dim=1)
+    cache[0].index_copy_(2, input_pos, _rotate(k, rope))
+    cache[1].index_copy_(2, input_pos, v)
     filled = int(input_pos[-1]) + 1
-    mask = input_pos[:, None] >= torch.arange(filled, device=qkv.device)
-    # The query heads that share a KV head become rows of one product: SDPA's own enable_gqa is ten times slower on CPU.
-    group = q.shape[1] // n_kv_head
+    mask = input_pos[:, None] >= torch.arange(filled, device=qkv.device)  # [S, filled]
+    # The query heads that share a KV head become rows of one product: SDPA's enable_gqa is ten times slower on a CPU.
+    group = n_head // n_kv_head
     q = _rotate(q, rope).reshape(batch, n_kv_head, group * rows, head_dim)
-    y = F.scaled_dot_product_attention(q, k_cache[:, :, :filled], v_cache[:, :, :filled], attn_mask=mask.repeat(group, 1))
-    return y.reshape(batch, -1, rows, head_dim).transpose(1, 2).reshape(batch, rows, -1)
+    keys, values = cache[:, :, :, :filled]
+    y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask.repeat(group, 1))
+    y = y.reshape(batch, n_head, rows, head_dim).transpose(1, 2)
+    return y.reshape(batch, rows, n_head * head_dim)
 
 
 def _rotate(x: Tensor, rope: Tensor) -> Tensor:
@@ -66,22 +102,32 @@ def _rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
+def _empty_product(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _empty_attention(qkv: Tensor, rope: Tensor, input_pos: Tensor, cache: Tensor) -> Tensor:
+    _, _, n_kv_head, _, head_dim = cache.shape
+    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] - 2 * n_kv_head * head_dim)
+
+
 _library = torch.library.Library("llama", "DEF")
 _library.define("linear(Tensor x, Tensor weight, Tensor? scale, Tensor? minimum) -> Tensor")
 _library.impl("linear", _linear_cpu, "CPU")
-_library.impl("linear", lambda x, weight, *_: x.new_empty(*x.shape[:-1], weight.shape[0]), "Meta")
+_library.impl("linear", _empty_product, "Meta")
 # The write to the cache is not declared: torch 2.13 refuses alias annotations inside nested_compile_region. It is safe
 # because in a compiled step nothing but this operator touches a cache, once a layer, and its result is always used.
-_library.define("attention(Tensor qkv, Tensor rope, Tensor input_pos, Tensor k_cache, Tensor v_cache) -> Tensor")
+_library.define("attention(Tensor qkv, Tensor rope, Tensor input_pos, Tensor cache) -> Tensor")
 _library.impl("attention", _attention, "CompositeExplicitAutograd")
-_library.impl("attention", lambda x, _, __, k, v: x.new_empty(*x.shape[:2], x.shape[2] - 2 * k.shape[1] * k.shape[3]), "Meta")
+_library.impl("attention", _empty_attention, "Meta")
 
 
-def attention(qkv: Tensor, rope: Tensor, input_pos: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+def attention(qkv: Tensor, rope: Tensor, input_pos: Tensor, cache: Tensor) -> Tensor:
     """Causal grouped-query attention of new rows over the filled part of a cache, with RoPE and the cache's update.
 
     `qkv` [B, S, (n_head + 2 n_kv_head) * head_dim] are the projections of the positions `input_pos` [S], consecutive;
-    `rope` [S, head_dim] their angles (model.rope_table); the caches are [B, n_kv_head, T, head_dim]. Keys and values of
-    the rows are written to the caches, then row i sees positions 0 to input_pos[i]. Returns [B, S, n_head * head_dim].
+    `rope` [S, head_dim] their angles (model.rope_table); `cache` [2, B, n_kv_head, T, head_dim] has keys and values.
+    Those of the rows are written to it, then row i sees positions 0 to input_pos[i]. Returns [B, S, n_head *
+    head_dim].
     """
-    return torch.ops.llama.attention(qkv, rope, input_pos, k_cache, v_cache)
+    return torch.ops.llama.attention(qkv, rope, input_pos, cache)

@@ -7,122 +7,180 @@ Reads safetensors and .bin, whole or sharded, with torch alone; what this progra
 
 import argparse
 import json
+import os
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-from model import ModelArgs
-from quantize import build_model, progress, reading, run, write_checkpoint
+if not __package__:  # run as a file: Python finds our modules when it is run as a module
+    os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
+    os.execv(sys.executable, [sys.executable, "-m", "scripts.convert_hf_checkpoint", *sys.argv[1:]])
 
-import sentencepiece
+import terminal
+
 import torch
 from torch import Tensor
 
-WEIGHTS = ["model[.-]*safetensors", "pytorch_model[.-]*bin"]  # whole or in shards; the first format that is there
+from checkpoint import empty_model, write_checkpoint
+from model import ModelArgs
+from tokenizer import Tokenizer
+
+FORMATS = {"model.safetensors": "model[.-]*safetensors", "pytorch_model.bin": "pytorch_model[.-]*bin"}  # whole: shards
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SUPPORTED = {"model_type": ["llama"], "attention_bias": [False, None], "mlp_bias": [False, None], "hidden_act": ["silu"],
-             "quantization_config": [None], "rope scaling": ["default", "linear"]}  # fmt: skip
-# Hugging Face's tensors of a layer, in the order in which `places` has ours.
-LAYER = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
-         "mlp.down_proj", "input_layernorm", "post_attention_layernorm"]  # fmt: skip
+# What config.json may say.
+SUPPORTED = {"model_type": ["llama"], "hidden_act": ["silu"], "rope scaling": ["default", "linear"]}
+SUPPORTED |= dict.fromkeys(["attention_bias", "mlp_bias", "quantization_config"], [False, None])
+ENDS = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}  # ours: Hugging Face's
+LAYER = {  # our tensors of a layer: Hugging Face's, in the order of their rows
+    "attention.wqkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attention.wo": ["self_attn.o_proj"],
+    "feed_forward.w13": ["mlp.gate_proj", "mlp.up_proj"],
+    "feed_forward.w2": ["mlp.down_proj"],
+    "attention_norm": ["input_layernorm"],
+    "ffn_norm": ["post_attention_layernorm"],
+}
 
 
 def model_args(config: dict) -> ModelArgs:
-    """The shape that a Hugging Face config.json describes, in either spelling. ValueError for what we cannot run, KeyError,
-    TypeError and others for what is no config."""
+    """The shape that a Hugging Face config.json describes, with RoPE in either spelling.
+
+    ValueError for what this program cannot run; KeyError, TypeError and others for what is no config.
+    """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    for key, value in ({"model_type": config["model_type"], "rope scaling": rope_type} | config).items():
-        if key in SUPPORTED and value not in SUPPORTED[key]:
-            raise ValueError(f"{key} = {value!r} is not supported: this program runs plain Llama models")
-    dim, n_head = config["hidden_size"], config["num_attention_heads"]
-    return ModelArgs(dim=dim, n_layer=config["num_hidden_layers"], n_head=n_head, vocab_size=config["vocab_size"],
-                     n_kv_head=config.get("num_key_value_heads") or n_head, head_dim=config.get("head_dim") or dim // n_head,
-                     ffn_dim=config["intermediate_size"], max_seq_length=config["max_position_embeddings"],
-                     rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10000.0, norm_eps=config["rms_norm_eps"],
-                     rope_scale=rope["factor"] if rope_type == "linear" else 1.0)  # fmt: skip
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    said = {"model_type": config["model_type"], "rope scaling": rope_type} | config
+    for key, values in SUPPORTED.items():
+        if key in said and said[key] not in values:
+            raise ValueError(f"{key} = {said[key]!r} is not supported: this program runs plain Llama models")
+    required = "hidden_size num_hidden_layers num_attention_heads intermediate_size vocab_size rms_norm_eps"
+    dim, n_layer, n_head, ffn_dim, vocab_size, norm_eps = [config[name] for name in required.split()]
+    n_kv_head = config.get("num_key_value_heads") or n_head
+    head_dim = config.get("head_dim") or dim // n_head
+    theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
+    scale = rope["factor"] if rope_type == "linear" else 1.0
+    positions = config.get("max_position_embeddings", 2048)  # transformers' default
+    return ModelArgs(dim, n_layer, n_head, n_kv_head, head_dim, ffn_dim, vocab_size, norm_eps, theta, scale, positions)
 
 
-def read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a safetensors file, one in memory: 8 bytes of length, a JSON header of that length, raw data."""
+def read_safetensors(path: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Name and reader of each tensor: 8 bytes of length, a JSON header of that length, raw data.
+
+    https://huggingface.co/docs/safetensors, "Format"
+    """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)[8 + length :]
+
+    def read(dtype: str, shape: list[int], data_offsets: list[int]) -> Tensor:
+        raw = data[data_offsets[0] : data_offsets[1]].clone()  # which is aligned
+        return raw.view(DTYPES[dtype]).view(shape) if dtype in DTYPES else raw  # bytes are refused later, by name
+
     header.pop("__metadata__", None)
     for name, entry in header.items():
-        raw, dtype = data[slice(*entry["data_offsets"])].clone(), DTYPES.get(entry["dtype"], torch.uint8)  # clones are aligned
-        yield name, raw.view(dtype).view(entry["shape"] if entry["dtype"] in DTYPES else -1)
+        yield name, partial(read, **entry)
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """All (name, tensor) in a folder; one is in memory at a time, or of .bin in the legacy format one file."""
-    formats = [sorted(folder.glob(pattern)) for pattern in WEIGHTS]
-    for path in progress(formats[0] or formats[1], "converting file"):
-        with reading(path, "cut short, damaged or no file of weights: download it again"):
-            if path.suffix == ".safetensors":
-                yield from read_safetensors(path)
-            else:
-                content = torch.load(path, mmap=zipfile.is_zipfile(path), weights_only=True, map_location="cpu")
-                yield from ((str(name), tensor) for name, tensor in content.items())
+def read_bin(path: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Name and reader of each tensor of a torch.save file; in the format of before torch 1.6 all are read at once."""
+    content = torch.load(path, mmap=zipfile.is_zipfile(path), weights_only=True, map_location="cpu")
+    for name, tensor in content.items():
+        yield str(name), partial(torch.Tensor.detach, tensor)  # it may be a Parameter
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights in `folder`: those that an index names, else all of the first format that is there."""
+    for whole, pattern in FORMATS.items():
+        index = folder / f"{whole}.index.json"
+        if index.exists():
+            with terminal.reading(index, "download it again"):
+                return [folder / name for name in set(json.loads(index.read_bytes())["weight_map"].values())]
+        if found := sorted(folder.glob(pattern)):
+            return found
+    raise ValueError(f"{folder} has no weights in safetensors or .bin: download it again")
+
+
+def read_weights(folder: Path) -> dict[str, Callable[[], Tensor]]:
+    """A reader for each tensor in `folder`, by Hugging Face's names; nothing of it is in memory yet."""
+    readers = {}
+    for path in weight_files(folder):
+        with terminal.reading(path, "cut short, damaged or no file of weights: download it again"):
+            for name, read in read_safetensors(path) if path.suffix == ".safetensors" else read_bin(path):
+                if name in readers:
+                    raise ValueError(f"{name} is in another file as well: delete those that are not of this model")
+                if not name.endswith("rotary_emb.inv_freq"):  # which is computed
+                    readers[name] = read
+    return readers
 
 
 def places(args: ModelArgs, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Where in our `tensors`, a state_dict, each of Hugging Face's belongs, by its name."""
-    embeddings, *layers, norm, output = tensors.values()
-    names, ours = ["model.embed_tokens", "model.norm", "lm_head"], [embeddings, norm, output]
-    q, kv = args.n_head * args.head_dim, args.n_kv_head * args.head_dim
+    """Where in our `tensors` each of Hugging Face's belongs, by its name."""
+    found = {f"{theirs}.weight": tensors[f"{ours}.weight"] for ours, theirs in ENDS.items()}
+    keys = args.n_kv_head * args.head_dim
+    rows = {"attention.wqkv": [args.n_head * args.head_dim, keys, keys], "feed_forward.w13": args.ffn_dim}
     for i in range(args.n_layer):
-        wqkv, wo, w13, *others = layers[6 * i : 6 * i + 6]
-        names += [f"model.layers.{i}.{name}" for name in LAYER]
-        ours += [*wqkv.split([q, kv, kv]), wo, *w13.split(args.ffn_dim), *others]
-    return {f"{name}.weight": tensor for name, tensor in zip(names, ours, strict=True)}
+        for ours, names in LAYER.items():
+            tensor = tensors[f"layers.{i}.{ours}.weight"]
+            for theirs, part in zip(names, tensor.split(rows.get(ours, len(tensor))), strict=True):
+                found[f"model.layers.{i}.{theirs}.weight"] = part
+    return found
+
+
+def copy(name: str, read: Callable[[], Tensor], place: Tensor) -> None:
+    """Copy Hugging Face's tensor `name` to its place. ValueError where it is not what config.json asks for."""
+    with terminal.reading(name, "its file is cut short or damaged: download it again"):
+        tensor = read()
+    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+        raise ValueError(f"{name} is stored as {tensor.dtype}: only floating point of 16 bits or more is supported")
+    if tensor.shape != place.shape:
+        raise ValueError(f"{name} has the shape {list(tensor.shape)}, but config.json asks for {list(place.shape)}")
+    place.copy_(tensor)
 
 
 def convert(folder: Path, precision: str) -> Path:
     """Write folder/model.pth from the Hugging Face files in `folder`; takes the memory of the largest tensor."""
-    path, dtype = folder / "config.json", getattr(torch, precision)
-    with reading(path, "give a directory in Hugging Face layout, downloaded whole"):
-        config = json.loads(path.read_bytes())
-        args, tied = model_args(config), bool(config.get("tie_word_embeddings", False))
-        tensors = build_model(args, None, dtype).to_empty(device="cpu").state_dict()
-    path = folder / "tokenizer.model"
-    with reading(path, "only models with their own sentencepiece tokenizer are supported"):
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        if tokenizer.bos_id() < 0 or tokenizer.vocab_size() > args.vocab_size:
-            raise ValueError(f"{tokenizer.vocab_size()} pieces, BOS {tokenizer.bos_id()}, vocab_size {args.vocab_size}")
+    with terminal.reading(folder / "config.json", "give a directory in Hugging Face layout, downloaded whole"):
+        config = json.loads((folder / "config.json").read_bytes())
+        args = model_args(config)
+        tensors = empty_model(args, None, getattr(torch, precision)).to_empty(device="cpu").state_dict()
+    with terminal.reading(folder / "tokenizer.model", "only models with a sentencepiece tokenizer are supported"):
+        tokenizer = Tokenizer((folder / "tokenizer.model").read_bytes())
+        if tokenizer.bos_id < 0 or tokenizer.size > args.vocab_size:
+            raise ValueError(f"{tokenizer.size} pieces, BOS {tokenizer.bos_id}, but a vocab_size of {args.vocab_size}")
     templates = [*folder.glob("tokenizer_config.json"), *folder.glob("chat_template.jinja")]
     chat = any(b"<<SYS>>" in path.read_bytes() for path in templates)
-    if tied:
+    readers = read_weights(folder)
+    wanted = set(places(args, tensors))
+    # Tied embeddings are one tensor, under either name. Where both are there, both are kept: they may differ.
+    absent = {"model.embed_tokens.weight", "lm_head.weight"} - readers.keys()
+    if config.get("tie_word_embeddings") and len(absent) == 1:
         tensors["output.weight"] = tensors["tok_embeddings.weight"]
+        wanted -= absent
+    for name in sorted(wanted ^ readers.keys()):
+        problem = "is missing: download it again" if name in wanted else "is of no layer that config.json has"
+        raise ValueError(f"{name} in {folder} {problem}")
 
     def fill(mapped: dict[str, Tensor]) -> None:
-        computed = ("rotary_emb.inv_freq", *["lm_head.weight"] * tied)
-        wanted = {name: place for name, place in places(args, mapped).items() if name not in computed}
-        for name, tensor in read_tensors(folder):
-            if name.endswith(computed):
-                continue
-            place = wanted.pop(name, None)
-            if place is None or not isinstance(tensor, Tensor) or place.shape != tensor.shape or not tensor.is_floating_point():
-                raise ValueError(f"{name} in {folder}: twice, or not of the shape and type that config.json asks for")
-            place.copy_(tensor)
-        if wanted:
-            raise ValueError(f"{next(iter(wanted))} is missing from {' and '.join(WEIGHTS)} in {folder}: download it again")
+        found = places(args, mapped)
+        for name, read in terminal.progress(readers.items(), "converting"):
+            copy(name, read, found[name])
 
-    header = {"config": asdict(args), "quantization": None, "chat": chat, "tokenizer": tokenizer.serialized_model_proto()}
+    header = {"config": asdict(args), "quantization": None, "chat": chat, "tokenizer": tokenizer.proto}
     write_checkpoint(folder / "model.pth", header, tensors, fill)
     return folder / "model.pth"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Convert a Hugging Face Llama checkpoint to model.pth beside it.")
-    parser.add_argument("--checkpoint_dir", type=Path, required=True, help="directory in Hugging Face layout")
-    parser.add_argument("--precision", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights (bfloat16)")
+    add = parser.add_argument
+    add("--checkpoint_dir", type=Path, required=True, help="directory in Hugging Face layout")
+    add("--precision", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights (bfloat16)")
     args = parser.parse_args()
     print(f"wrote {convert(args.checkpoint_dir, args.precision)}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    run(main)
+    terminal.run(main)

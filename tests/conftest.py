@@ -1,28 +1,40 @@
-"""Fixtures: the bundled demo checkpoints, converted once; random Llamas written by transformers, the oracle."""
+"""What several test modules need: the bundled demo checkpoints, random Llamas of transformers, engines, command lines."""
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
-
-from generate import Engine, Sampling, Speculation, generate, prompt_lookup
-from model import Transformer
-from quantize import load_model, read_checkpoint
-from scripts.convert_hf_checkpoint import convert
 
 import pytest
 import torch
 
-DEMO = Path(__file__).parent / "demo"
+from checkpoint import empty_model, load_model, read_checkpoint
+from generate import Engine, Speculation, generate
+from kernels.sampling import Sampling
+from model import ModelArgs, Transformer
+from quantize import quantize
+from scripts.convert_hf_checkpoint import convert
+from tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "tests" / "demo"
+TOKENIZER = Tokenizer((DEMO / "target" / "tokenizer.model").read_bytes())
+SCHEMES = {"int8": {"mode": "int8"}, "int4": {"mode": "int4", "groupsize": 32}}
 
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Paths of the converted demo checkpoints: target and draft, in bfloat16."""
+    """Paths of the converted demo checkpoints: target and draft in bfloat16, and the target in int8 and int4."""
     paths = {}
     for name in ("target", "draft"):
         folder = tmp_path_factory.mktemp("demo") / name
         shutil.copytree(DEMO / name, folder)
         paths[name] = convert(folder, "bfloat16")
+    for name, scheme in SCHEMES.items():
+        paths[name] = paths["target"].with_name(f"{name}.pth")
+        quantize(read_checkpoint(paths["target"]), scheme, "cpu", paths[name])
     return paths
 
 
@@ -40,9 +52,15 @@ def random_llama(tmp_path: Path) -> Callable:
     def make(**fields) -> tuple[LlamaForCausalLM, Path]:
         torch.manual_seed(0)
         shape = {
-            "vocab_size": 2048, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.1,
-        }  # fmt: skip
+            "vocab_size": 2048,
+            "hidden_size": 64,
+            "intermediate_size": 160,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "initializer_range": 0.1,
+        }
         reference = LlamaForCausalLM(LlamaConfig(**(shape | fields))).eval()
         with torch.no_grad():
             for parameter in reference.parameters():
@@ -61,6 +79,15 @@ def fresh_compiler() -> None:
     torch.compiler.reset()
 
 
+def random_model(args: ModelArgs, spread: float = 0.3) -> Transformer:
+    """A float32 model of that shape with normal weights of that standard deviation: the same ones each time."""
+    model = empty_model(args, None, torch.float32).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(t.shape, generator=generator) * spread for name, t in model.state_dict().items()}
+    model.load_state_dict(weights)
+    return model
+
+
 def make_sampling(seed: int = 1, temperature: float = 0.0, top_k: int | None = None) -> Sampling:
     return Sampling(torch.tensor(seed, dtype=torch.int32), torch.tensor(temperature), top_k)
 
@@ -70,17 +97,24 @@ def new_engine(model: Transformer, positions: int | None = None) -> Engine:
 
 
 def generated(
-    engine: Engine, prompt: list[int], count: int, sampling: Sampling, eos_id: int | None = None,
+    engine: Engine,
+    prompt: list[int],
+    count: int,
+    sampling: Sampling,
+    eos_id: int | None = None,
     speculation: Speculation | None = None,
-) -> list[int]:  # fmt: skip
-    """The ids that `generate` yields; without `speculation` by plain decoding."""
+) -> list[int]:
+    """The ids that `generate` yields, after what the engine holds of the prompt."""
     engine.rewind(prompt)
-    return list(generate(engine, prompt, count, eos_id, sampling, speculation or plain()))
+    return list(generate(engine, prompt, count, eos_id, sampling, speculation))
 
 
-def plain() -> Speculation:
-    """That guesses nothing."""
-    return Speculation(prompt_lookup, 0)
+def run_cli(*words: object, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
+    """Run a script of the repository as a user does, from its root: its name, then its flags."""
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=check
+    )
 
 
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:

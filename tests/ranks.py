@@ -10,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 import tp
 from generate import Engine, Speculation, prompt_lookup
 from generate_prefill import CachedEngine, Store
 from quantize import read_checkpoint, run
 from tests.conftest import generated, make_sampling, new_engine
-
-import torch
 
 COUNT = 8  # tokens of an answer
 COMPILED = "gqa_int4.g32.pth"
@@ -39,11 +39,16 @@ def answers(path: Path, prompts: list[list[int]]) -> dict:
     """What one checkpoint says on every path, and its logits for a batch of two, of odd length and of one token."""
     engine, greedy, warm = load(path), make_sampling(), make_sampling(7, 0.8)
 
-    def say(prompt: list[int], sampling: object, speculation: Speculation | None = None, of: Engine = engine) -> list[int]:
+    def say(
+        prompt: list[int], sampling: object, speculation: Speculation | None = None, of: Engine = engine
+    ) -> list[int]:
         of.ids = []
         return generated(of, prompt, COUNT, sampling, speculation=speculation)
 
-    found = {"greedy": [say(prompt, greedy) for prompt in prompts], "sampled": [say(prompt, warm) for prompt in prompts]}
+    found = {
+        "greedy": [say(prompt, greedy) for prompt in prompts],
+        "sampled": [say(prompt, warm) for prompt in prompts],
+    }
     if path.name.endswith(("float.pth", "g64.pth")):
         draft = load(path.with_name(path.name.split("_")[0] + ".draft.pth"), draft=True)
         for name, guess in (("draft", draft.guess), ("lookup", prompt_lookup)):
@@ -51,7 +56,9 @@ def answers(path: Path, prompts: list[list[int]]) -> dict:
             found[f"greedy {name}, as it pays"] = [say(prompt, greedy, Speculation(guess, 5)) for prompt in prompts]
     stored = {}
     for time_of in ("first", "again"):
-        cached = replace(engine, cache=engine.model.make_cache(256), ids=[], store=Store(path.with_suffix(".prefixes"), 10**9))
+        cached = replace(
+            engine, cache=engine.model.make_cache(256), ids=[], store=Store(path.with_suffix(".prefixes"), 10**9)
+        )
         cached.rewind(prompts[-1])
         stored[time_of] = len(cached.ids)
         found[f"greedy {time_of} stored"] = [generated(cached, prompts[-1], COUNT, greedy)]
@@ -64,19 +71,27 @@ def answers(path: Path, prompts: list[list[int]]) -> dict:
     for shape in ((2, 7), (1, 1)):
         tokens = torch.arange(3, 3 + shape[0] * shape[1]).view(shape)
         with torch.inference_mode():
-            logits += engine.model(tokens, torch.arange(shape[1]), engine.model.make_cache(16, shape[0]))[:, -1].tolist()
+            logits += engine.model(tokens, torch.arange(shape[1]), engine.model.make_cache(16, shape[0]))[
+                :, -1
+            ].tolist()
     return {"said": found, "stored": stored, "logits": logits}
 
 
 def rounded(path: Path, prompt: list[int]) -> dict:
     """What a model says in bfloat16, plain and with a draft's guesses; its logits of six rows, one by one and at once."""
-    engine, draft = (load(path.with_name(name), dtype=torch.bfloat16) for name in ("target_float.pth", "target.draft.pth"))
+    engine, draft = (
+        load(path.with_name(name), dtype=torch.bfloat16) for name in ("target_float.pth", "target.draft.pth")
+    )
     found = []
     for speculation in (None, Eager(draft.guess, 15)):
         engine.ids = []
         found.append(generated(engine, prompt, 32, make_sampling(3, 0.8), speculation=speculation))
     with torch.inference_mode():
-        tokens, positions, caches = torch.arange(3, 9)[None], torch.arange(6), [engine.model.make_cache(16) for _ in range(2)]
+        tokens, positions, caches = (
+            torch.arange(3, 9)[None],
+            torch.arange(6),
+            [engine.model.make_cache(16) for _ in range(2)],
+        )
         rows = [engine.model(tokens[:, i : i + 1], positions[i : i + 1], caches[0])[0, 0].tolist() for i in range(6)]
         return {"said": found, "rows": [rows, engine.model(tokens, positions, caches[1])[0].tolist()]}
 

@@ -217,7 +217,9 @@ CHECKPOINT = {
     "a directory": Case("python generate.py --checkpoint_path $DIR", "Is a directory ... prepare.sh"),
     "a text file": model_pth(DAMAGED, write("model.pth", "version https://git-lfs.github.com/spec/v1\n" * 3)),
     "empty": model_pth(DAMAGED, write("model.pth", b"")),
-    "safetensors": Case("python generate.py --checkpoint_path $DIR/model.safetensors", "model.safetensors ... prepare.sh"),
+    "safetensors": Case(
+        "python generate.py --checkpoint_path $DIR/model.safetensors", "model.safetensors ... prepare.sh"
+    ),
     "TorchScript": model_pth(DAMAGED, torch_script),
     "a state_dict": model_pth(DAMAGED, saved(lambda folder: weights())),
     "a state_dict, legacy": model_pth(DAMAGED, saved(lambda folder: weights(), _use_new_zipfile_serialization=False)),
@@ -232,27 +234,37 @@ CHECKPOINT = {
     "cut by 1 byte": model_pth(DAMAGED, cut("model.pth", lambda size: size - 1)),
     "other dim": model_pth("model.pth ... config ... again", checkpoint(lambda c: c["config"].update(dim=32))),
     "other n_layer": model_pth("model.pth ... config ... again", checkpoint(lambda c: c["config"].update(n_layer=2))),
-    "other vocab_size": model_pth("model.pth ... config ... again", checkpoint(lambda c: c["config"].update(vocab_size=512))),
+    "other vocab_size": model_pth(
+        "model.pth ... config ... again", checkpoint(lambda c: c["config"].update(vocab_size=512))
+    ),
     "negative dim": model_pth("model.pth ... dim = -64", checkpoint(lambda c: c["config"].update(dim=-64))),
     "huge dim": model_pth("model.pth", checkpoint(lambda c: c["config"].update(dim=10**13))),
     "unknown key in config": model_pth(DAMAGED, checkpoint(lambda c: c["config"].update(bias=True))),
     "config is a list": model_pth(DAMAGED, checkpoint(lambda c: c.update(config=[1]))),
     "a tensor less": model_pth("model.pth ... config ... again", checkpoint(lambda c: c["model"].pop("norm.weight"))),
     "a number for a tensor": model_pth("model.pth", checkpoint(lambda c: c["model"].update({"norm.weight": 3}))),
-    "integer weights": model_pth("model.pth", checkpoint(lambda c: c["model"].update({"norm.weight": torch.ones(64).int()}))),
+    "integer weights": model_pth(
+        "model.pth", checkpoint(lambda c: c["model"].update({"norm.weight": torch.ones(64).int()}))
+    ),
     "quantization of others": model_pth("model.pth", checkpoint(lambda c: c.update(quantization={"mode": "int8"}))),
     "quantization a string": model_pth(DAMAGED, checkpoint(lambda c: c.update(quantization="int8"))),
     "quantization empty": model_pth(DAMAGED, checkpoint(lambda c: c.update(quantization={}))),
     "quantization unknown": model_pth("model.pth", checkpoint(lambda c: c.update(quantization={"mode": "gptq"}))),
     "no group size": model_pth(DAMAGED, checkpoint(lambda c: c.update(quantization={"mode": "int4"}))),
-    "group size 0": model_pth("model.pth", checkpoint(lambda c: c.update(quantization={"mode": "int4", "groupsize": 0}))),
-    "group size 7": model_pth("group size 7", checkpoint(lambda c: c.update(quantization={"mode": "int4", "groupsize": 7}))),
+    "group size 0": model_pth(
+        "model.pth", checkpoint(lambda c: c.update(quantization={"mode": "int4", "groupsize": 0}))
+    ),
+    "group size 7": model_pth(
+        "group size 7", checkpoint(lambda c: c.update(quantization={"mode": "int4", "groupsize": 7}))
+    ),
     "garbage tokenizer": model_pth("model.pth", checkpoint(lambda c: c.update(tokenizer=b"garbage"))),
     "empty tokenizer": model_pth("model.pth", checkpoint(lambda c: c.update(tokenizer=b""))),
 }
 PROMPT = {
     "too long": Case(f"cat $DIR/full.txt $DIR/full.txt | {GENERATE} --prompt -", "context ... shorten"),
-    "one token too long": Case(f"(cat $DIR/full.txt; echo -n z) | {GENERATE} --prompt -", "65 tokens ... 64 ... shorten"),
+    "one token too long": Case(
+        f"(cat $DIR/full.txt; echo -n z) | {GENERATE} --prompt -", "65 tokens ... 64 ... shorten"
+    ),
     "not UTF-8": Case(f"{GENERATE} --prompt $'caf\\xe9'", "decode ... UTF-8"),
     "not UTF-8, on stdin": Case(f"echo $'caf\\xe9' | {GENERATE} --prompt -", "decode ... UTF-8"),
     "half a character, on stdin": Case(f"echo -n $'caf\\xc3' | {GENERATE} --prompt -", "decode ... UTF-8"),
@@ -261,7 +273,8 @@ PROMPT = {
         f'{GENERATE} --interactive --system "$(cat $DIR/full.txt $DIR/full.txt)"', "shorten"
     ),
     "a context from where the conversation comes": Case(
-        f"{GENERATE.replace('generate', 'generate_prefill')} --interactive --context -", "standard input ... give a text"
+        f"{GENERATE.replace('generate', 'generate_prefill')} --interactive --context -",
+        "standard input ... give a text",
     ),
     "empty": Case(f"{GENERATE} --prompt ''", "prompt ... empty"),
     "empty, on stdin": Case(f"{GENERATE} --prompt - < /dev/null", "prompt ... empty"),
@@ -286,7 +299,9 @@ MACHINE = {
 }
 OUTPUT = {  # generation has begun: there may be text on stdout
     "disk full": Case(f"{GENERATE} > /dev/full", "No space left"),
-    "reader gone": Case(f"{GENERATE} --num_samples 999 | head -c 1 > $DIR/../text; exit ${{PIPESTATUS[0]}}", "Broken pipe"),
+    "reader gone": Case(
+        f"{GENERATE} --num_samples 999 | head -c 1 > $DIR/../text; exit ${{PIPESTATUS[0]}}", "Broken pipe"
+    ),
 }
 CONFIG_JSON = {
     "no directory": Case(f"{CONVERT}/none", "config.json: No such file ... directory"),
@@ -366,7 +381,9 @@ DISK = {
     "full at once": Case(f"ulimit -f 1; {CONVERT}", "model.pth was not written"),
     "full": Case(f"ulimit -f 64; {CONVERT}", "model.pth was not written"),
     "full, nothing there before": Case(f"ulimit -f 64; {CONVERT}", "model.pth was not written", remove("model.pth")),
-    "read-only": Case(f"chmod a-w $DIR; {AS_USER} {CONVERT}", "model.pth was not written (Permission denied)", skip=ALMIGHTY),
+    "read-only": Case(
+        f"chmod a-w $DIR; {AS_USER} {CONVERT}", "model.pth was not written (Permission denied)", skip=ALMIGHTY
+    ),
     "a directory in the way": hf("model.pth", unlike("model.pth")),
 }
 QUANTIZED = QUANTIZER.replace("$DIR", "$DIR/../q")
@@ -383,9 +400,13 @@ QUANTIZE = {
     "disk full": Case(f"ulimit -f 64; {QUANTIZER}", "model_int8.pth was not written"),
 }
 PREPARE = {
-    "nothing of that name": Case("./scripts/prepare.sh no/such/directory", "no/such/directory ... repository ... directory"),
+    "nothing of that name": Case(
+        "./scripts/prepare.sh no/such/directory", "no/such/directory ... repository ... directory"
+    ),
     "no name": Case("./scripts/prepare.sh ''", "check the name ... repository ... directory"),
-    "a parent directory": Case("./scripts/prepare.sh ../no-such-directory", "check the name ... repository ... directory"),
+    "a parent directory": Case(
+        "./scripts/prepare.sh ../no-such-directory", "check the name ... repository ... directory"
+    ),
     "a file": Case("./scripts/prepare.sh $DIR/config.json", "config.json ... directory"),
     "an empty directory": Case("mkdir $DIR/../none; ./scripts/prepare.sh $DIR/../none", "config.json: No such file"),
     "another model": Case("cd $DIR; $ROOT/scripts/prepare.sh .", "model_type", config(model_type="mistral")),
@@ -417,7 +438,9 @@ WORKS = {  # says: on stderr
     "last seed": Case(f"{GENERATE} --num_samples 2 --seed 2147483647", "Stopped"),
     "very hot": Case(f"{GENERATE} --temperature 1e39", "Stopped"),
     "a very long answer": Case(f"{GENERATE} --max_new_tokens {10**30}", "Stopped"),
-    "prepare in a directory with a space": Case("cp -r $DIR $DIR/../'a b'; ./scripts/prepare.sh $DIR/../'a b'", "wrote"),
+    "prepare in a directory with a space": Case(
+        "cp -r $DIR $DIR/../'a b'; ./scripts/prepare.sh $DIR/../'a b'", "wrote"
+    ),
     "prepare --help": Case("./scripts/prepare.sh --help", "prepare.sh"),
     "a conversation in a locale without UTF-8": Case(
         f"printf 'caf\\xc3\\xa9\\n/stats' | LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 {GENERATE} --interactive",
@@ -429,13 +452,17 @@ WORKS = {  # says: on stderr
     "no compiler, no kernels": Case(
         f"CXX=/no/such/g++ XDG_CACHE_HOME=$DIR/../cache {GENERATE}", "slower ... C++ compiler ... Stopped"
     ),
-    "no place for kernels": Case(f"XDG_CACHE_HOME=/dev/null/cache {GENERATE}", "slower ... /dev/null/cache ... Stopped"),
+    "no place for kernels": Case(
+        f"XDG_CACHE_HOME=/dev/null/cache {GENERATE}", "slower ... /dev/null/cache ... Stopped"
+    ),
     "a conversation in which nobody speaks": Case(f"{GENERATE} --interactive < /dev/null", ""),
     "a conversation without standard input": Case(f"{GENERATE} --interactive <&-", ""),
     "a line longer than the context": Case(
         f"cat $DIR/full.txt $DIR/full.txt | {GENERATE} --interactive", "context ... shorten"
     ),
-    "a line of a conversation not UTF-8": Case(f"printf 'caf\\xe9\\na' | {GENERATE} --interactive", "what was said ... UTF-8"),
+    "a line of a conversation not UTF-8": Case(
+        f"printf 'caf\\xe9\\na' | {GENERATE} --interactive", "what was said ... UTF-8"
+    ),
     "stdout closed": Case(f"{GENERATE} --max_new_tokens 1 >&-", "Stopped"),
     "stderr closed": Case(f"{GENERATE} --max_new_tokens 1 2>&-", ""),
 }
@@ -447,7 +474,9 @@ REFUSED = {
     }.items()
     for name, case in cases.items()
 }  # fmt: skip
-KILL = "-c 'import os, signal, scripts.convert_hf_checkpoint as convert; {} = lambda *_: os.kill(os.getpid(), signal.{}); "
+KILL = (
+    "-c 'import os, signal, scripts.convert_hf_checkpoint as convert; {} = lambda *_: os.kill(os.getpid(), signal.{}); "
+)
 KILL += "convert.run(convert.main)'"
 KILLED = {  # the converter, to which a signal comes at a call of what is named
     f"{by} in {call}": Case(CONVERT.replace("-m scripts.convert_hf_checkpoint", KILL.format(call, by)), "")
@@ -596,7 +625,9 @@ def outcomes(
 
 def names(kind: str) -> pytest.MarkDecorator:
     skips = {name: [pytest.mark.skip(case.skip)] if case.skip else [] for name, case in CASES[kind].items()}
-    return pytest.mark.parametrize("name", [pytest.param(f"{kind}: {name}", marks=marks) for name, marks in skips.items()])
+    return pytest.mark.parametrize(
+        "name", [pytest.param(f"{kind}: {name}", marks=marks) for name, marks in skips.items()]
+    )
 
 
 def assert_says(text: str, says: str) -> None:
@@ -630,7 +661,9 @@ def test_bad_flags_are_named_with_the_usage_and_status_2(name: str, outcomes: di
 
 
 @names("output")
-def test_output_that_nobody_takes_ends_in_one_line_and_status_1(name: str, outcomes: dict[str, Future[Outcome]]) -> None:
+def test_output_that_nobody_takes_ends_in_one_line_and_status_1(
+    name: str, outcomes: dict[str, Future[Outcome]]
+) -> None:
     """A full disk or a closed pipe behind stdout ends generation without a traceback, and it does not hang."""
     outcome = outcomes[name].result()
     assert outcome.status == 1, outcome.all_stderr

@@ -5,12 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 from quantize import build_model
 from tests.benchmark import bytes_per_token, figure, kv_bytes, markdown, share, spread, weight_bytes
 from tests.grow import shape_args
-
-import pytest
-import torch
 
 ROOT = Path(__file__).parents[1]
 ARGS = shape_args("1.1b", 32000)
@@ -76,7 +76,16 @@ def test_the_figure_is_drawn(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_it_runs_in_under_two_minutes_with_no_peer(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.benchmark", "--quick", "--out", tmp_path / "out", "--work", tmp_path / "work"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.benchmark",
+        "--quick",
+        "--out",
+        tmp_path / "out",
+        "--work",
+        tmp_path / "work",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out" / "results.json").read_text())

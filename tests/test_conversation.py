@@ -14,15 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import generate_prefill
-from generate import Engine, Session, build_parser, converse
-from generate_prefill import CachedEngine, Store
-from quantize import quantize, read_checkpoint
-
 import pytest
 import sentencepiece
 import torch
 from conftest import DEMO, generated, new_engine
+
+import generate_prefill
+from generate import Engine, Session, build_parser, converse
+from generate_prefill import CachedEngine, Store
+from quantize import quantize, read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = sentencepiece.SentencePieceProcessor(model_file=str(DEMO / "target" / "tokenizer.model"))
@@ -172,7 +172,9 @@ def test_an_interrupt_cuts_the_answer_and_nothing_else(
     session.args.ignore_eos = False
     for i, turn in enumerate(turns):
         fresh = new_engine(session.engines[0].model)
-        assert turn.answer == generated(fresh, turn.prompt, len(turn.answer) or 1, session.sampling())[: len(turn.answer)], i
+        assert (
+            turn.answer == generated(fresh, turn.prompt, len(turn.answer) or 1, session.sampling())[: len(turn.answer)]
+        ), i
     assert turns[2].prompt[: len(turns[1].prompt + turns[1].answer)] == turns[1].prompt + turns[1].answer
 
 
@@ -238,7 +240,9 @@ def test_the_context_is_used_to_its_last_position(
     session = session_of(convert(folder, "float32"), "--max_new_tokens", 50, "--ignore_eos", *flags)
     capfd.readouterr()
     turns = talk(session, ["import os", "import sys", "import re", "import io", "/clear", "import os"], monkeypatch)
-    assert max(len(turn.prompt + turn.answer) for turn in turns) == 129  # the token after the last position has no position
+    assert (
+        max(len(turn.prompt + turn.answer) for turn in turns) == 129
+    )  # the token after the last position has no position
     assert turns[-1].prompt == turns[0].prompt and turns[-1].answer == turns[0].answer
     told = [line for line in capfd.readouterr().err.splitlines() if "context" in line]
     assert told and all("128" in line and "/clear" in line for line in told)
@@ -310,7 +314,10 @@ def test_without_a_template_the_text_goes_on(demo: dict[str, Path], chat: dict[s
         ids = session.encode("import os")
         assert ids == [TOKENIZER.bos_id(), *TOKENIZER.encode("import os")]
         assert session.encode("def f():", ids) == ids + TOKENIZER.encode("def f():")
-    assert session_of(demo["target"], "--system", "x = 1").encode("y") == [TOKENIZER.bos_id(), *TOKENIZER.encode("x = 1\ny")]
+    assert session_of(demo["target"], "--system", "x = 1").encode("y") == [
+        TOKENIZER.bos_id(),
+        *TOKENIZER.encode("x = 1\ny"),
+    ]
 
 
 # ---- The command line
@@ -357,7 +364,11 @@ def test_prefixes_of_a_conversation_outlive_the_process(chat: dict[str, Path], t
     flags = ("--cache_dir", tmp_path / "prefixes", "--precision", "float32")
     runs = [
         subprocess.run(
-            command(chat["float32"], *flags, script="generate_prefill.py"), input=said, capture_output=True, cwd=ROOT, text=True
+            command(chat["float32"], *flags, script="generate_prefill.py"),
+            input=said,
+            capture_output=True,
+            cwd=ROOT,
+            text=True,
         )
         for _ in range(2)
     ]

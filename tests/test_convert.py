@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from quantize import load_model, read_checkpoint, write_checkpoint
-from scripts.convert_hf_checkpoint import convert, model_args, read_tensors
-
 import pytest
 import torch
+
+from quantize import load_model, read_checkpoint, write_checkpoint
+from scripts.convert_hf_checkpoint import convert, model_args, read_tensors
 
 ROOT = Path(__file__).parents[1]
 

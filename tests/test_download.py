@@ -7,9 +7,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 
-import quantize
-from scripts import download
-
 import pytest
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -19,6 +16,9 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+
+import quantize
+from scripts import download
 
 REPO = "someone/llama"
 TEXTS = {"config.json", "tokenizer.model", "tokenizer_config.json"}
@@ -102,7 +102,9 @@ def http(kind: type[HfHubHTTPError], message: str) -> HfHubHTTPError:
         (SHARDS | BIN, SHARDS),
     ],
 )
-def test_one_format_of_weights_is_fetched_and_nothing_that_is_not_read(hub: Hub, files: set[str], weights: set[str]) -> None:
+def test_one_format_of_weights_is_fetched_and_nothing_that_is_not_read(
+    hub: Hub, files: set[str], weights: set[str]
+) -> None:
     """Texts and weights, safetensors where there are both, to checkpoints/REPO."""
     hub.files = TEXTS | UNUSED | files
     assert download.download(REPO) == Path("checkpoints") / REPO
@@ -165,7 +167,11 @@ FAILURES = {
     "lost": ("model.safetensors", LocalEntryNotFoundError("Cannot\nfind"), ["Cannot find", "the network", "resumes"]),
     "timeout": ("model.safetensors", TimeoutError("timed out"), ["timed out", "the network", "resumes"]),
     "disk full": ("model.safetensors", OSError(errno.ENOSPC, "No space left on device"), ["No space left on device"]),
-    "read-only": ("config.json", PermissionError(errno.EACCES, "Permission denied", "checkpoints"), ["Permission denied"]),
+    "read-only": (
+        "config.json",
+        PermissionError(errno.EACCES, "Permission denied", "checkpoints"),
+        ["Permission denied"],
+    ),
 }
 
 

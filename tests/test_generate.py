@@ -9,14 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from generate import TextStream, generate, gumbel_noise, hash32, sample
-from quantize import load_model, read_checkpoint
-from scripts.convert_hf_checkpoint import convert
-
 import pytest
 import sentencepiece
 import torch
 from conftest import DEMO, generated, make_sampling, new_engine, plain
+
+from generate import TextStream, generate, gumbel_noise, hash32, sample
+from quantize import load_model, read_checkpoint
+from scripts.convert_hf_checkpoint import convert
 
 ROOT = Path(__file__).parents[1]
 GOLDEN_PROMPT = "The following example"
@@ -56,7 +56,9 @@ def test_temperature_zero_is_the_argmax() -> None:
 
 def test_noise_is_gumbel_and_uncorrelated() -> None:
     """Mean Euler's constant, variance pi^2 / 6; positions, tokens and seeds side by side do not know of each other."""
-    noise = torch.stack([gumbel_noise(torch.tensor(seed, dtype=torch.int32), torch.arange(500), 1000) for seed in range(4)])
+    noise = torch.stack(
+        [gumbel_noise(torch.tensor(seed, dtype=torch.int32), torch.arange(500), 1000) for seed in range(4)]
+    )
     assert torch.isfinite(noise).all()
     assert abs(noise.mean().item() - 0.5772157) < 0.005
     assert abs(noise.var().item() - math.pi**2 / 6) < 0.01
@@ -114,7 +116,9 @@ def test_models_of_different_eps_compile_in_one_process(random_llama) -> None:
         engine = new_engine(model)
         engine.compile(["decode", "prefill"], make_sampling())
         prompt = [1, 5, 6, 7]
-        assert generated(engine, prompt, 20, make_sampling()) == generated(new_engine(model), prompt, 20, make_sampling())
+        assert generated(engine, prompt, 20, make_sampling()) == generated(
+            new_engine(model), prompt, 20, make_sampling()
+        )
 
 
 def test_no_recompilation_after_the_warm_up_whatever_the_prompt_and_the_filling(target) -> None:
@@ -228,7 +232,9 @@ def test_streamed_text_equals_the_decoded_ids() -> None:
     texts = ["naïve café 東京都 👩‍👩‍👧 🇫🇷 end", "tabs\tand\nlines\n\n  indented", "x = {'a': [1, 2]}", "\u2047 \u2581"]
     bytes_ = [i for i in range(TOKENIZER.vocab_size()) if TOKENIZER.is_byte(i)]
     random = torch.randint(0, TOKENIZER.vocab_size(), (50, 30), generator=torch.Generator().manual_seed(0)).tolist()
-    torn = [[bytes_[byte] for byte in raw] for raw in (b"\xf0\x9f", b"\xe2\x82\xac\xe2\x82", b"\xff\xfea", b"\x80\xc3\xa9")]
+    torn = [
+        [bytes_[byte] for byte in raw] for raw in (b"\xf0\x9f", b"\xe2\x82\xac\xe2\x82", b"\xff\xfea", b"\x80\xc3\xa9")
+    ]
     for ids in [*map(TOKENIZER.encode, texts), *random, *torn, *(t + TOKENIZER.encode("b") for t in torn)]:
         stream = TextStream(TOKENIZER)
         text = "".join(map(stream.push, ids)) + stream.push(None)

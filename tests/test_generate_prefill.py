@@ -10,18 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+import torch
+from conftest import generated, make_sampling, new_engine, plain
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 import generate_prefill
 from generate import Speculation, generate, prompt_lookup
 from generate_prefill import BLOCK, CachedEngine, Store
 from kernels import cpu
 from model import ModelArgs, Transformer
 from quantize import build_model, load_model, quantize, read_checkpoint
-
-import pytest
-import torch
-from conftest import generated, make_sampling, new_engine, plain
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 ROOT = Path(__file__).parents[1]
 ARGS = ModelArgs(32, 2, 4, 2, 8, 48, 97, 1e-5, 10000.0, 1.0, 256)
@@ -114,7 +114,9 @@ def test_in_one_process_what_the_cache_holds_needs_no_file(tmp_path: Path) -> No
 def test_branches_share_their_trunk_and_an_extension_stores_only_its_own_part(tmp_path: Path) -> None:
     sizes = []
     for prompt in (A, A + [3] * 40, A[:64] + [9] * 40, A):
-        assert answer(cached_engine(tmp_path), prompt)[0] == generated(new_engine(MODEL), prompt, 12, make_sampling(3, 0.8))
+        assert answer(cached_engine(tmp_path), prompt)[0] == generated(
+            new_engine(MODEL), prompt, 12, make_sampling(3, 0.8)
+        )
         sizes.append(len(files(tmp_path)))
     first = (len(A) + 11) // BLOCK
     assert sizes[0] == first
@@ -132,7 +134,9 @@ def test_the_least_recently_used_goes_first_and_leaves_before_parents(tmp_path: 
         assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 12 * entry
     assert answer(cached_engine(tmp_path, 12 * entry), [60] + A[1:40], 2)[2] == 0  # the oldest of the others
     crowded = cached_engine(tmp_path, 4 * entry)
-    assert answer(crowded, [77] + A[1:100], 2)[0] == generated(new_engine(MODEL), [77] + A[1:100], 2, make_sampling(3, 0.8))
+    assert answer(crowded, [77] + A[1:100], 2)[0] == generated(
+        new_engine(MODEL), [77] + A[1:100], 2, make_sampling(3, 0.8)
+    )
     assert len(files(tmp_path)) <= 4
 
 
@@ -172,7 +176,9 @@ def quantized(demo: dict[str, Path]) -> dict[str, Transformer]:
 
 @pytest.mark.parametrize("weights", ["float32", "int8", "int4"])
 @pytest.mark.parametrize("guesses", ["none", "lookup", "draft"])
-def test_text_with_quantization_and_speculation(weights: str, guesses: str, quantized: dict, demo, tmp_path: Path) -> None:
+def test_text_with_quantization_and_speculation(
+    weights: str, guesses: str, quantized: dict, demo, tmp_path: Path
+) -> None:
     """A draft has a cache of its own, under a root of its own; what was guessed in vain is in no file."""
     model, prompt = quantized[weights], A + A[:30]
     expected = generated(new_engine(model), prompt, 40, make_sampling(3, 0.8))
@@ -204,9 +210,16 @@ def test_text_when_compiled(quantized: dict, tmp_path: Path) -> None:
 
 
 def damages(size: int) -> list[tuple[str, Callable]]:
-    flips = [(f"byte {i}", lambda data, i=i: data[:i] + bytes([data[i] ^ 64]) + data[i + 1 :]) for i in range(0, size, 331)]
+    flips = [
+        (f"byte {i}", lambda data, i=i: data[:i] + bytes([data[i] ^ 64]) + data[i + 1 :]) for i in range(0, size, 331)
+    ]
     cuts = [(f"cut to {n}", lambda data, n=n: data[:n]) for n in (0, 1, 31, 32, 33, size // 2, size - 1)]
-    return [*flips, (f"byte {size - 1}", lambda data: data[:-1] + bytes([data[-1] ^ 1])), *cuts, ("longer", lambda d: d + b"x")]
+    return [
+        *flips,
+        (f"byte {size - 1}", lambda data: data[:-1] + bytes([data[-1] ^ 1])),
+        *cuts,
+        ("longer", lambda d: d + b"x"),
+    ]
 
 
 def test_a_damaged_file_is_not_used_is_told_once_and_replaced(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -239,7 +252,9 @@ def test_only_the_user_may_read_what_was_typed(tmp_path: Path) -> None:
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
 
 
-@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EROFS, "Read-only")])
+@pytest.mark.parametrize(
+    "failure", [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EROFS, "Read-only")]
+)
 def test_a_store_that_cannot_be_written_costs_one_line(failure: OSError, tmp_path: Path, monkeypatch, capsys) -> None:
     def fail(*_) -> None:
         raise failure
@@ -348,7 +363,9 @@ def test_the_next_run_finds_what_the_last_one_stored(demo: dict[str, Path], tmp_
     assert [len(line.split()) for line in table] == [6, 6]
 
 
-def test_context_from_a_file_and_from_standard_input(demo: dict, tmp_path: Path, run_main: Callable, monkeypatch) -> None:
+def test_context_from_a_file_and_from_standard_input(
+    demo: dict, tmp_path: Path, run_main: Callable, monkeypatch
+) -> None:
     (tmp_path / "context.txt").write_text("def f(x):\n    return x")
     flags = ["--checkpoint_path", demo["target"], "--no_cache", "--prompt", "def g(", "--prompt", "class"]
     expected = run_main(*flags, "--context", "def f(x):\n    return x")[0]
@@ -358,7 +375,9 @@ def test_context_from_a_file_and_from_standard_input(demo: dict, tmp_path: Path,
         assert run_main(*flags, "--context", "-")[0] == expected
 
 
-def test_other_weights_precision_or_config_find_nothing(demo: dict[str, Path], tmp_path: Path, run_main: Callable) -> None:
+def test_other_weights_precision_or_config_find_nothing(
+    demo: dict[str, Path], tmp_path: Path, run_main: Callable
+) -> None:
     """Under the same path: the file's own id decides, not its name."""
     path, folder = tmp_path / "model.pth", tmp_path / "prefixes"
     shutil.copyfile(demo["target"], path)
@@ -390,7 +409,10 @@ def test_speculation_and_samples_work_here_too(demo: dict[str, Path], tmp_path: 
 def test_a_full_disk_or_an_impossible_folder_costs_one_line(demo: dict[str, Path], tmp_path: Path) -> None:
     command = f"{sys.executable} generate_prefill.py --checkpoint_path {demo['target']} --max_new_tokens 4"
     expected = subprocess.run(f"{command} --no_cache", shell=True, cwd=ROOT, capture_output=True, text=True)
-    for trouble in (f"ulimit -f 8; {command} --cache_dir {tmp_path / 'full'}", f"{command} --cache_dir /dev/null/prefixes"):
+    for trouble in (
+        f"ulimit -f 8; {command} --cache_dir {tmp_path / 'full'}",
+        f"{command} --cache_dir /dev/null/prefixes",
+    ):
         done = subprocess.run(["bash", "-c", trouble], cwd=ROOT, capture_output=True, text=True)
         assert (done.returncode, done.stdout) == (0, expected.stdout), done.stderr
         assert done.stderr.count("the prefix cache cannot be used") == 1

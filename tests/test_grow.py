@@ -3,13 +3,13 @@
 from dataclasses import replace
 from pathlib import Path
 
-from model import Transformer
-from quantize import load_model, read_checkpoint
-from tests.grow import SHAPES, grow, shape_args
-
 import pytest
 import torch
 from conftest import DEMO, assert_close, generated, make_sampling, new_engine
+
+from model import Transformer
+from quantize import load_model, read_checkpoint
+from tests.grow import SHAPES, grow, shape_args
 
 SMALLER = {  # the shapes' heads and widths, in fewer layers: this is float32 on two cores
     "heads of 64, no groups": replace(shape_args("160m", 2048), n_layer=5),
@@ -20,7 +20,9 @@ SMALLER = {  # the shapes' heads and widths, in fewer layers: this is float32 on
 
 
 @pytest.mark.parametrize("name", SMALLER)
-def test_the_grown_model_gives_the_demos_text(name: str, demo: dict[str, Path], target: Transformer, tmp_path: Path) -> None:
+def test_the_grown_model_gives_the_demos_text(
+    name: str, demo: dict[str, Path], target: Transformer, tmp_path: Path
+) -> None:
     """Float32: logits alike, and the same tokens, greedy and sampled."""
     grow(read_checkpoint(demo["target"]), SMALLER[name], tmp_path / "grown.pth", torch.float32)
     grown = load_model(read_checkpoint(tmp_path / "grown.pth"), "cpu", torch.float32)

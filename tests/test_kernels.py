@@ -9,13 +9,13 @@ import sys
 import threading
 from pathlib import Path
 
-import kernels
-from kernels import cpu
-from quantize import GROUPSIZES, load_model, quantize, quantize_int4, quantize_int8, read_checkpoint
-
 import pytest
 import torch
 from test_generate import run_cli
+
+import kernels
+from kernels import cpu
+from quantize import GROUPSIZES, load_model, quantize, quantize_int4, quantize_int8, read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 SCHEMES = [None, 0, *GROUPSIZES]  # bfloat16, int8, int4 by group size
@@ -187,7 +187,9 @@ def test_dequantized_slabs_equal_pytorch(library, dtype: torch.dtype, monkeypatc
 @pytest.mark.parametrize("scheme", [None, {"mode": "int8"}, {"mode": "int4", "groupsize": 32}], ids=str)
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @torch.inference_mode()
-def test_what_is_verified_at_once_equals_what_is_decoded_one_by_one(demo, tmp_path: Path, scheme, compiled: bool) -> None:
+def test_what_is_verified_at_once_equals_what_is_decoded_one_by_one(
+    demo, tmp_path: Path, scheme, compiled: bool
+) -> None:
     """Logits of the whole model in bfloat16, bit for bit: 2 to 16 rows against single ones."""
     checkpoint = read_checkpoint(demo["target"])
     if scheme:
@@ -251,7 +253,9 @@ def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compiler", ["/no/such/compiler", "false"])
-def test_without_a_compiler_float32_text_is_the_same_and_one_line_says_that_it_is_slower(demo, tmp_path, compiler: str) -> None:
+def test_without_a_compiler_float32_text_is_the_same_and_one_line_says_that_it_is_slower(
+    demo, tmp_path, compiler: str
+) -> None:
     """In bfloat16, where the kernels would have worked, one more line on stderr; a compiler that fails is none."""
     quantize(read_checkpoint(demo["target"]), {"mode": "int8"}, "cpu", tmp_path / "model.pth")
     environment = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "CXX": compiler}
@@ -289,6 +293,10 @@ def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path, portable: list
         pytest.skip("g++ has no address sanitizer here")
     flags = [*cpu.FLAGS, "-fsanitize=address", "-g1", *portable]
     code = f"from kernels import cpu; cpu.FLAGS = {flags!r}\n{SANITIZED}"
-    environment = os.environ | {"LD_PRELOAD": runtime, "XDG_CACHE_HOME": str(tmp_path), "ASAN_OPTIONS": "detect_leaks=0"}
+    environment = os.environ | {
+        "LD_PRELOAD": runtime,
+        "XDG_CACHE_HOME": str(tmp_path),
+        "ASAN_OPTIONS": "detect_leaks=0",
+    }
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout.endswith("clean\n"), done.stderr[:2000]

@@ -2,13 +2,13 @@
 
 import dataclasses
 
-from model import ModelArgs
-from quantize import load_model, read_checkpoint
-from scripts.convert_hf_checkpoint import convert
-
 import pytest
 import torch
 from conftest import assert_close, generated, make_sampling, new_engine
+
+from model import ModelArgs
+from quantize import load_model, read_checkpoint
+from scripts.convert_hf_checkpoint import convert
 
 CONFIGS = {
     "multi_head": {"num_key_value_heads": 4},

@@ -7,16 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import kernels
-from generate import TextStream
-from quantize import GROUPSIZES, Linear, compare, load_model, quantize, quantize_int4, quantize_int8, read_checkpoint
-
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEMO, generated, make_sampling, new_engine
 from demo.train import held_out_text
 from test_generate import PROMPT, TOKENIZER, run_cli
+
+import kernels
+from generate import TextStream
+from quantize import GROUPSIZES, Linear, compare, load_model, quantize, quantize_int4, quantize_int8, read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 ROWS = (1, 2, 7, 8, 9, 16, 17, 64)
@@ -122,7 +122,9 @@ def test_perplexity_on_held_out_text(demo, quantized, tmp_path: Path) -> None:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("quantize.quantize_int4", lambda weight, groupsize: quantize_int4(weight, groupsize, 0))
                 quantize(original, SCHEMES[name], "cpu", tmp_path / "min_max.pth")
-            assert divergence < figures(compare(original, read_checkpoint(tmp_path / "min_max.pth"), text, "cpu"))[2], name
+            assert divergence < figures(compare(original, read_checkpoint(tmp_path / "min_max.pth"), text, "cpu"))[2], (
+                name
+            )
 
 
 @pytest.mark.parametrize("name", ["int8", "g32"])
@@ -221,7 +223,9 @@ def test_converting_and_quantizing_take_the_memory_of_slabs(tmp_path: Path) -> N
         for start in range(0, offset, len(block)):
             file.write(block[: offset - start])
     assert offset > 1e9
-    done = subprocess.run([sys.executable, "-c", MEASURE, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert float(done.stdout) < 400
 
 

@@ -58,7 +58,10 @@ def test_line_budget() -> None:
 
 
 def test_line_counts_leave_out_what_is_no_code() -> None:
-    assert code_lines('"""Doc\nstring."""\n\n# comment\nx = 1  # why\n\n\ndef f():\n    """Doc."""\n    return "a\\nb"\n') == 3
+    assert (
+        code_lines('"""Doc\nstring."""\n\n# comment\nx = 1  # why\n\n\ndef f():\n    """Doc."""\n    return "a\\nb"\n')
+        == 3
+    )
     assert cpp_lines("// a\n\n/* b\nc */\nint x; // d\n  /* e */ int y;\n") == 2
 
 
@@ -84,7 +87,11 @@ def test_no_global_and_no_sys_path() -> None:
 def test_dependencies_are_three() -> None:
     wanted = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line]
     assert [re.split("[<>=]", line)[0] for line in wanted] == ["torch", "sentencepiece", "huggingface_hub"]
-    allowed = {"torch", "sentencepiece", "huggingface_hub"} | sys.stdlib_module_names | {module(n).split(".")[0] for n in OURS}
+    allowed = (
+        {"torch", "sentencepiece", "huggingface_hub"}
+        | sys.stdlib_module_names
+        | {module(n).split(".")[0] for n in OURS}
+    )
     for name in OURS:
         for node in ast.walk(ast.parse((ROOT / name).read_text())):
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []

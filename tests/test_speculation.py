@@ -8,14 +8,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from generate import Engine, Speculation, prompt_lookup
-from model import Transformer
-from quantize import build_model, load_model, quantize, read_checkpoint
-
 import pytest
 import sentencepiece
 import torch
 from conftest import DEMO, generated, make_sampling, new_engine
+
+from generate import Engine, Speculation, prompt_lookup
+from model import Transformer
+from quantize import build_model, load_model, quantize, read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = sentencepiece.SentencePieceProcessor(model_file=str(DEMO / "target" / "tokenizer.model"))
@@ -70,7 +70,9 @@ def models(demo: dict[str, Path], target: Transformer) -> dict[str, Transformer]
         path = demo["target"].with_name(f"speculation_{name}.pth")
         quantize(checkpoint, scheme, "cpu", path)
         made[name] = load_model(read_checkpoint(path), "cpu", torch.bfloat16)
-    made["draft float32"], made["draft"] = (load_model(draft, "cpu", dtype) for dtype in (torch.float32, torch.bfloat16))
+    made["draft float32"], made["draft"] = (
+        load_model(draft, "cpu", dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
     made["random"] = random_model(draft.args)
     return made
 
@@ -154,7 +156,9 @@ def test_no_more_tokens_than_were_asked_for(target: Transformer) -> None:
     engine, sampling = new_engine(target), make_sampling()
     ids = generated(engine, PROMPT, 40, sampling)
     for count in (1, 2, 3, 17):
-        assert generated(engine, PROMPT, count, sampling, speculation=Steady(new_engine(target).guess, 13)) == ids[:count]
+        assert (
+            generated(engine, PROMPT, count, sampling, speculation=Steady(new_engine(target).guess, 13)) == ids[:count]
+        )
 
 
 def test_a_draft_of_a_shorter_context_falls_silent(target: Transformer, models: dict[str, Transformer]) -> None:
@@ -282,7 +286,9 @@ def test_another_vocabulary_is_refused_and_other_notes_in_the_tokenizer_are_not(
     content = torch.load(demo["draft"], weights_only=True)
     noted = content["tokenizer"] + bytes([0x12, 7, 0x12, 5]) + b"other"
     piece = TOKENIZER.id_to_piece(1000).encode()
-    other = content["tokenizer"].replace(bytes([0x0A, len(piece)]) + piece, bytes([0x0A, len(piece)]) + b"Q" * len(piece))
+    other = content["tokenizer"].replace(
+        bytes([0x0A, len(piece)]) + piece, bytes([0x0A, len(piece)]) + b"Q" * len(piece)
+    )
     assert other != content["tokenizer"] != noted
     torch.save(content | {"tokenizer": noted}, tmp_path / "noted.pth")
     torch.save(content | {"tokenizer": other}, tmp_path / "other.pth")

@@ -13,15 +13,15 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
-import tp
-from model import ModelArgs
-from quantize import GROUPSIZES, build_model, quantize, read_checkpoint, write_checkpoint
-from tests.grow import shape_args
-
 import pytest
 import sentencepiece
 import torch
 from conftest import DEMO, assert_close
+
+import tp
+from model import ModelArgs
+from quantize import GROUPSIZES, build_model, quantize, read_checkpoint, write_checkpoint
+from tests.grow import shape_args
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = sentencepiece.SentencePieceProcessor(model_file=str(DEMO / "target" / "tokenizer.model"))
@@ -37,11 +37,15 @@ def write_random(path: Path, args: ModelArgs, quantization: dict | None = None, 
 
     def draw(mapped: dict[str, torch.Tensor]) -> None:
         for name, tensor in () if zeros else mapped.items():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * (0.3 if "norm" in name else tensor.shape[-1] ** -0.5))
+            tensor.copy_(
+                torch.randn(tensor.shape, generator=generator) * (0.3 if "norm" in name else tensor.shape[-1] ** -0.5)
+            )
 
     tokenizer = TOKENIZER.serialized_model_proto()
     header = {"config": asdict(args), "quantization": quantization, "chat": False, "tokenizer": tokenizer}
-    write_checkpoint(path, header, build_model(args, quantization, torch.bfloat16).to_empty(device="cpu").state_dict(), draw)
+    write_checkpoint(
+        path, header, build_model(args, quantization, torch.bfloat16).to_empty(device="cpu").state_dict(), draw
+    )
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +136,9 @@ def test_speculation_does_not_change_the_text_in_bfloat16_either(results: Callab
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [0, 1, 2, 4])
-def test_ranks_find_their_own_parts_of_a_prefix_and_no_others(results: Callable[[int], dict], folder: Path, count: int) -> None:
+def test_ranks_find_their_own_parts_of_a_prefix_and_no_others(
+    results: Callable[[int], dict], folder: Path, count: int
+) -> None:
     """All numbers of ranks use one folder: what another number has stored there is not taken; one rank is like none."""
     results(0)
     length = len(json.loads((folder / "prompts.json").read_text())[-1])
@@ -157,28 +163,55 @@ def test_a_rank_has_its_share_of_the_weights_in_memory(tmp_path: Path, quantizat
 
 
 def torchrun(count: int, *words: str | Path, **options: object) -> subprocess.Popen:
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    pipes = {
+        "stdin": subprocess.DEVNULL,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "cwd": ROOT,
+    }
     command = [*TORCHRUN, "--standalone", f"--nproc_per_node={count}", *map(str, words)]
     return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **(pipes | options))
 
 
 def alone(*words: str | Path, text: str | None = None) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, input=text, capture_output=True, text=True, check=True)
+    return subprocess.run(
+        [sys.executable, *map(str, words)], cwd=ROOT, input=text, capture_output=True, text=True, check=True
+    )
 
 
 def test_torchrun_answers_like_python_and_only_rank_0_speaks(folder: Path) -> None:
-    words = ["--compile", "--checkpoint_path", folder / "target_float.pth", "--precision", "float32", "--max_new_tokens", "20"]
+    words = [
+        "--compile",
+        "--checkpoint_path",
+        folder / "target_float.pth",
+        "--precision",
+        "float32",
+        "--max_new_tokens",
+        "20",
+    ]
     words += ["--prompt", "-"]
     usual = alone("generate.py", *words, text=TEXT)
     process = torchrun(2, "generate.py", *words, stdin=subprocess.PIPE)
     stdout, stderr = process.communicate(TEXT, timeout=300)
     assert (process.returncode, stdout) == (0, usual.stdout), stderr
-    assert [line.split(":")[0] for line in stderr.splitlines()] == [line.split(":")[0] for line in usual.stderr.splitlines()]
+    assert [line.split(":")[0] for line in stderr.splitlines()] == [
+        line.split(":")[0] for line in usual.stderr.splitlines()
+    ]
 
 
 def test_torchrun_stores_prefixes_for_each_rank(folder: Path, tmp_path: Path) -> None:
     words = ["generate_prefill.py", "--checkpoint_path", folder / "target_int8.pth", "--precision", "float32"]
-    words += ["--max_new_tokens", "8", "--cache_dir", tmp_path / "prefixes", "--context", TEXT * 2, "--prompt", "import"]
+    words += [
+        "--max_new_tokens",
+        "8",
+        "--cache_dir",
+        tmp_path / "prefixes",
+        "--context",
+        TEXT * 2,
+        "--prompt",
+        "import",
+    ]
     usual = alone(*words)
     for cached in ("(cached 0 of", "(cached 64 of"):
         [(status, stdout, stderr)] = ended([torchrun(2, *words)])
@@ -187,7 +220,14 @@ def test_torchrun_stores_prefixes_for_each_rank(folder: Path, tmp_path: Path) ->
 
 
 def test_torchrun_holds_a_conversation_and_ends_with_its_input(folder: Path) -> None:
-    words = ["generate.py", "--checkpoint_path", folder / "target_int4.g32.pth", "--precision", "float32", "--interactive"]
+    words = [
+        "generate.py",
+        "--checkpoint_path",
+        folder / "target_int4.g32.pth",
+        "--precision",
+        "float32",
+        "--interactive",
+    ]
     words += ["--max_new_tokens", "8", "--prompt_lookup"]
     lines = "import os\n\n/stats\n/clear\ndef f(x):\n    return\n"
     process = torchrun(2, *words, stdin=subprocess.PIPE)
@@ -202,7 +242,9 @@ def test_torchrun_holds_a_conversation_and_ends_with_its_input(folder: Path) -> 
     ("none.pth", 2, "none.pth: No such file"),
 ])  # fmt: skip
 def test_what_ranks_cannot_share_is_refused_by_name(folder: Path, name: str, count: int, cause: str) -> None:
-    for rank, (status, stdout, stderr) in enumerate(ended(ranks(count, "generate.py", "--checkpoint_path", folder / name))):
+    for rank, (status, stdout, stderr) in enumerate(
+        ended(ranks(count, "generate.py", "--checkpoint_path", folder / name))
+    ):
         assert (status, stdout) == (1, "")
         assert (cause in stderr and len(stderr.splitlines()) == 1) if rank == 0 else stderr == ""
 
@@ -210,7 +252,13 @@ def test_what_ranks_cannot_share_is_refused_by_name(folder: Path, name: str, cou
 def test_hosts_with_other_checkpoints_are_refused(folder: Path) -> None:
     """The shapes are the same, the weights are not."""
     words, port = ["generate.py", "--checkpoint_path"], str(free_port())
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    group = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": port,
+    }
     (folder / "other").mkdir()
     write_random(folder / "other" / "gqa_float.pth", GQA)
     paths = [folder / "gqa_float.pth", folder / "other" / "gqa_float.pth"]
@@ -226,8 +274,18 @@ def test_hosts_with_other_checkpoints_are_refused(folder: Path) -> None:
 
 def test_a_draft_that_ranks_cannot_share_is_whole_on_each(folder: Path, tmp_path: Path) -> None:
     """Here for its groups: four ranks would have 64 inputs each, half a group."""
-    quantize(read_checkpoint(folder / "target.draft.pth"), {"mode": "int4", "groupsize": 128}, "cpu", tmp_path / "draft.pth")
-    words = ["generate.py", "--checkpoint_path", folder / "target_float.pth", "--precision", "float32", "--max_new_tokens", "8"]
+    quantize(
+        read_checkpoint(folder / "target.draft.pth"), {"mode": "int4", "groupsize": 128}, "cpu", tmp_path / "draft.pth"
+    )
+    words = [
+        "generate.py",
+        "--checkpoint_path",
+        folder / "target_float.pth",
+        "--precision",
+        "float32",
+        "--max_new_tokens",
+        "8",
+    ]
     words += ["--draft_checkpoint_path", tmp_path / "draft.pth"]
     first, *others = ended(ranks(4, *words))
     assert first[:2] == (0, alone(*words).stdout)
@@ -236,7 +294,14 @@ def test_a_draft_that_ranks_cannot_share_is_whole_on_each(folder: Path, tmp_path
 
 def test_text_from_a_file_is_that_of_the_first_rank(folder: Path, tmp_path: Path) -> None:
     """The file may be on one host only, or be standard input."""
-    words = ["generate_prefill.py", "--checkpoint_path", folder / "target_float.pth", "--max_new_tokens", "4", "--no_cache"]
+    words = [
+        "generate_prefill.py",
+        "--checkpoint_path",
+        folder / "target_float.pth",
+        "--max_new_tokens",
+        "4",
+        "--no_cache",
+    ]
     words += ["--precision", "float32", "--context", "@/dev/stdin", "--prompt", "import"]
     process = torchrun(2, *words, stdin=subprocess.PIPE)
     stdout, stderr = process.communicate(TEXT, timeout=100)
@@ -253,7 +318,13 @@ def test_only_rank_0_says_what_is_wrong_with_flags_and_input(folder: Path, words
 
 
 def test_an_address_that_is_not_there_is_one_line(folder: Path) -> None:
-    group = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    group = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(free_port()),
+    }
     command = [sys.executable, "generate.py", "--checkpoint_path", folder / "target_float.pth"]
     environment = os.environ | group | {"GLOO_SOCKET_IFNAME": "none0"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -276,7 +347,15 @@ def children(parent: int) -> list[int]:
 
 def talking(folder: Path, **options: object) -> subprocess.Popen:
     """Two ranks in the middle of an answer."""
-    words = ["--checkpoint_path", folder / "gqa_float.pth", "--max_new_tokens", 500, "--ignore_eos", "--num_samples", 99]
+    words = [
+        "--checkpoint_path",
+        folder / "gqa_float.pth",
+        "--max_new_tokens",
+        500,
+        "--ignore_eos",
+        "--num_samples",
+        99,
+    ]
     process = torchrun(2, "generate.py", *words, **options)
     assert process.stdout.read(1)
     return process
@@ -331,7 +410,15 @@ def test_two_hosts_answer_like_one(folder: Path, tmp_path: Path) -> None:
     probe = subprocess.run(["unshare", "--net", "ip", "link", "add", "left", "type", "veth", "peer", "name", "right"])
     if probe.returncode:
         pytest.skip("network namespaces are not permitted here")
-    words = ["generate.py", "--checkpoint_path", folder / "gqa_int8.pth", "--precision", "float32", "--max_new_tokens", "12"]
+    words = [
+        "generate.py",
+        "--checkpoint_path",
+        folder / "gqa_int8.pth",
+        "--precision",
+        "float32",
+        "--max_new_tokens",
+        "12",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "OTHER": str(tmp_path / "other")}
     command = ["unshare", "--net", "bash", "-c", HOSTS, "hosts", *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)

@@ -12,11 +12,11 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from model import ModelArgs
-from quantize import Checkpoint, build_model, progress, read_checkpoint, run, write_checkpoint
-
 import torch
 from torch import Tensor
+
+from model import ModelArgs
+from quantize import Checkpoint, build_model, progress, read_checkpoint, run, write_checkpoint
 
 SHAPES = {  # n_layer, dim, n_head, n_kv_head, head_dim, ffn_dim, max_seq_length
     "68m": (2, 768, 12, 12, 64, 3072, 2048),
@@ -58,7 +58,9 @@ def channel_places(heads: list[int], old: ModelArgs, new: ModelArgs) -> tuple[Te
     multiple, half = new.head_dim // old.head_dim, torch.arange(old.head_dim // 2)
     inside_new = torch.cat([half * multiple, half * multiple + new.head_dim // 2])
     inside_old = torch.arange(old.head_dim)
-    pairs = [(inside_new + i * new.head_dim, inside_old + head * old.head_dim) for i, head in enumerate(heads) if head >= 0]
+    pairs = [
+        (inside_new + i * new.head_dim, inside_old + head * old.head_dim) for i, head in enumerate(heads) if head >= 0
+    ]
     return torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
 
 
@@ -73,7 +75,9 @@ def grow(checkpoint: Checkpoint, shape: ModelArgs, path: Path, dtype: torch.dtyp
             raise ValueError(f"{name} {getattr(shape, name)} is less than the checkpoint's {getattr(old, name)}")
     if shape.head_dim % old.head_dim or shape.vocab_size != old.vocab_size or checkpoint.header["quantization"]:
         raise ValueError("head_dim must be a multiple, the vocabulary the same, and the checkpoint not quantized")
-    new = replace(shape, norm_eps=old.norm_eps * old.dim / shape.dim, rope_theta=old.rope_theta, rope_scale=old.rope_scale)
+    new = replace(
+        shape, norm_eps=old.norm_eps * old.dim / shape.dim, rope_theta=old.rope_theta, rope_scale=old.rope_scale
+    )
     q, kv = head_places(old, new)
     (q_new, q_old), (kv_new, kv_old) = channel_places(q, old, new), channel_places(kv, old, new)
     norm, sharpness = math.sqrt(old.dim / new.dim), math.sqrt(new.head_dim / old.head_dim)
@@ -111,7 +115,9 @@ def grow(checkpoint: Checkpoint, shape: ModelArgs, path: Path, dtype: torch.dtyp
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Grow a checkpoint to a larger shape without changing what it computes.")
+    parser = argparse.ArgumentParser(
+        description="Grow a checkpoint to a larger shape without changing what it computes."
+    )
     parser.add_argument("--checkpoint_path", type=Path, required=True)
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--out", type=Path, required=True)

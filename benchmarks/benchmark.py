@@ -24,13 +24,13 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from generate import Engine, Sampling, Speculation, generate, prompt_lookup
 from kernels import cpu
 from model import ModelArgs
 from quantize import build_model, load_model, quantize, read_checkpoint, run, write_checkpoint
 from tests.grow import SHAPES, shape_args
-
-import torch
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "tests" / "demo" / "target"
@@ -134,7 +134,11 @@ def random_gguf(args: ModelArgs, folder: Path, kind: str) -> Path:
             "ffn_up": (args.ffn_dim, args.dim), "ffn_down": (args.dim, args.ffn_dim), "attn_norm": (args.dim,),
             "ffn_norm": (args.dim,),
         }  # fmt: skip
-        sizes = {"token_embd": (args.vocab_size, args.dim), "output": (args.vocab_size, args.dim), "output_norm": (args.dim,)}
+        sizes = {
+            "token_embd": (args.vocab_size, args.dim),
+            "output": (args.vocab_size, args.dim),
+            "output_norm": (args.dim,),
+        }
         sizes |= {f"blk.{i}.{name}": size for i in range(args.n_layer) for name, size in layer.items()}
         for name, size in sizes.items():
             plain = np.ones(size, np.float32) if len(size) == 1 else np.resize(pool, size)
@@ -266,7 +270,9 @@ def transformers(args: ModelArgs, device: str) -> tuple[dict, Callable]:
     @torch.inference_mode()
     def ask(what: str, prompt: int, tokens: int) -> dict:
         start = time.perf_counter()
-        result = model(torch.tensor([random_ids(prompt, args.vocab_size)], device=device), use_cache=True, logits_to_keep=1)
+        result = model(
+            torch.tensor([random_ids(prompt, args.vocab_size)], device=device), use_cache=True, logits_to_keep=1
+        )
         token = result.logits[:, -1:].argmax(-1)
         token.tolist()
         first = time.perf_counter()
@@ -349,7 +355,16 @@ def start_up(path: Path, device: str) -> dict[str, float]:
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, flags in (("not compiled", []), ("compiled, cold", ["--compile"]), ("compiled, warm", ["--compile"])):
-            command = [sys.executable, "generate.py", "--checkpoint_path", path, "--device", device, "--ignore_eos", *flags]
+            command = [
+                sys.executable,
+                "generate.py",
+                "--checkpoint_path",
+                path,
+                "--device",
+                device,
+                "--ignore_eos",
+                *flags,
+            ]
             command += ["--prompt", "a b c d e f g h i j k l m n o", "--max_new_tokens", "20"]
             environment, start = os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder}, time.perf_counter()
             with subprocess.Popen(
@@ -376,7 +391,12 @@ def workers_of(shape: str, args: ModelArgs, folder: Path, options: argparse.Name
     """
     budget = 0.75 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     parameters = sum(t.numel() for t in build_model(args, None, torch.bfloat16).state_dict().values())
-    size = {"16 bits": 2, "8 bits": 1.1, "5 bits": 0.65, "4.5 bits": 0.58}  # bytes of a weight, the embedding table included
+    size = {
+        "16 bits": 2,
+        "8 bits": 1.1,
+        "5 bits": 0.65,
+        "4.5 bits": 0.58,
+    }  # bytes of a weight, the embedding table included
     made, used = {}, 0.0
 
     def add(label: str, bits: str, program: str, make: Callable[[], dict]) -> None:
@@ -454,7 +474,11 @@ def ablation(args: ModelArgs, folder: Path, shape: str, options: argparse.Namesp
     for label in ("bf16", "int4 g32"):
         path = str(random_checkpoint(args, folder / shape, OURS[label]))
         base = {"path": path, "device": options.device, "compiled": True, "without": ""}
-        changes = {"all": {}, "no compiling": {"compiled": False}, **{f"no {name}": {"without": name} for name in WITHOUT}}
+        changes = {
+            "all": {},
+            "no compiling": {"compiled": False},
+            **{f"no {name}": {"without": name} for name in WITHOUT},
+        }
         workers, speeds = {name: Worker("ours", **base | change) for name, change in changes.items()}, {}
         for round in range(min(options.rounds, 3) + 1):
             for name, worker in workers.items():
@@ -466,7 +490,9 @@ def ablation(args: ModelArgs, folder: Path, shape: str, options: argparse.Namesp
         for name, values in speeds.items():
             ratio = statistics.median(a / b for a, b in zip(values, speeds["all"], strict=True))
             ratios.setdefault(name, {})[label] = ratio
-        tell(f"{shape}: {label} without one mechanism each: {', '.join(f'{n} {v[label]:.2f}' for n, v in ratios.items())}")
+        tell(
+            f"{shape}: {label} without one mechanism each: {', '.join(f'{n} {v[label]:.2f}' for n, v in ratios.items())}"
+        )
     return ratios
 
 
@@ -489,7 +515,9 @@ def markdown(results: list[dict]) -> str:
             ]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
         band = result["read bandwidth"]
-        lines.append(f"| | read bandwidth, GB/s | {band['median']:.1f} ({band['low']:.1f} to {band['high']:.1f}) | | | |")
+        lines.append(
+            f"| | read bandwidth, GB/s | {band['median']:.1f} ({band['low']:.1f} to {band['high']:.1f}) | | | |"
+        )
     return "\n".join(lines)
 
 
@@ -538,8 +566,12 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of the answer")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "llama-benchmark", help="for model files")
-    parser.add_argument("--out", type=Path, default=Path("benchmark"), help="folder for results.json, table.md, shares.png")
+    parser.add_argument(
+        "--work", type=Path, default=Path(tempfile.gettempdir()) / "llama-benchmark", help="for model files"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmark"), help="folder for results.json, table.md, shares.png"
+    )
     parser.add_argument("--quick", action="store_true", help="the demo checkpoint alone, two rounds")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -553,7 +585,10 @@ def main() -> None:
         shapes = {"demo": read_checkpoint(demo / "model.pth").args}
     else:
         shapes = {shape: shape_args(shape, 32000) for shape in options.shapes}
-    results, report = [], {"machine": f"{cpu.cores()} cores, torch {torch.__version__}", "date": time.strftime("%Y-%m-%d")}
+    results, report = (
+        [],
+        {"machine": f"{cpu.cores()} cores, torch {torch.__version__}", "date": time.strftime("%Y-%m-%d")},
+    )
     for shape, args in shapes.items():
         results.append(measure(shape, args, options.work, options))
         report |= {"results": results}

@@ -1,0 +1,135 @@
+"""The life of a script in a terminal: how it ends, errors in one line, progress, arguments, files written whole.
+
+It knows nothing of models. A script imports it before torch for the sake of the user's eyes only: see `warnings` below.
+"""
+
+import argparse
+import fcntl
+import glob
+import math
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import TextIO
+
+from tqdm import tqdm
+
+warnings.simplefilter("ignore")  # torch warns on import where numpy is missing, which nothing here needs
+progress = partial(tqdm, leave=False, disable=None)  # (items, what): the items, counted where stderr is a terminal
+
+
+def status_of(main: Callable[[], None], errors: TextIO | None = None, blame: str = "") -> int:
+    """Call a script's `main`: its exit status.
+
+    What a user can cause ends in one line on `errors` (stderr) and status 1, Ctrl-C in status 130, SIGTERM and SIGHUP
+    in 128 + their number. A RuntimeError is a fault of ours and keeps its traceback, unless memory ran out, or
+    `blame` says what else it is put down to.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # what nohup ignores stays ignored
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))  # so temporary files are deleted
+    try:
+        main()
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        if isinstance(error, MemoryError) or "allocate memory" in reason or "out of memory" in reason:
+            reason = "there is not enough memory for this model and its context: quantize it, or use a smaller one"
+        elif isinstance(error, RuntimeError):
+            if not blame:
+                raise
+            reason = f"{blame}: {reason}"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains of what stdout did not take
+        print(reason, file=errors or sys.stderr)
+        return 1
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's `main` and end the process; see `status_of`."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
+    sys.exit(status_of(main))
+
+
+def number(low: float, high: float = math.inf, kind: type = int) -> Callable[[str], float]:
+    """An argparse type: a number of `kind` from `low` to `high`."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text}: must be from {low} to {high}")
+        return value
+
+    return parse
+
+
+@contextmanager
+def reading(name: Path | str, cure: str) -> Iterator[None]:
+    """Turn what missing, foreign or damaged input makes a library raise into one ValueError: name, reason and cure."""
+    try:
+        yield
+    except (MemoryError, PermissionError):  # these say what is wrong, and the cure would not fit
+        raise
+    except Exception as error:  # there is no end to what damaged files make parsers raise
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".removeprefix("ValueError: ")
+        raise ValueError(f"{name}: {reason[:200]}; {cure}") from error
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """The text of `data` in UTF-8, without a byte order mark, and with "\n" for "\r\n". ValueError where it is not."""
+    with reading(name, "give some text in UTF-8"):
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+
+
+def read_text(argument: str, name: str) -> str:
+    """The text that a user means by `argument` of the flag `name`: "-" is standard input, "@FILE" a file, else itself.
+
+    A line end behind the last line of standard input or of a file is not part of it. ValueError where there is no text.
+    """
+    if argument == "-":
+        text = decode_text(sys.stdin.buffer.read(), name).removesuffix("\n")
+    elif argument.startswith("@"):
+        with reading(f"{name} {argument}", 'name a file behind the @, or give text that begins with @ through "-"'):
+            text = decode_text(Path(argument[1:]).read_bytes(), name).removesuffix("\n")
+    else:
+        text = decode_text(os.fsencode(argument), name)
+    if not text:
+        raise ValueError(f"{name} is empty: give some text in UTF-8")
+    return text
+
+
+def delete_abandoned(folder: Path, pattern: str) -> None:
+    """Delete the temporary files in `folder` that a killed process left: those with content that nobody has locked."""
+    for path in folder.glob(pattern):
+        with suppress(OSError), open(path, "rb") as file:  # somebody holds the lock, or was faster
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_size > 0:
+                path.unlink()
+
+
+@contextmanager
+def replacing(path: Path, mode: int = 0o666) -> Iterator[Path]:
+    """A temporary file beside `path`, to be written by the block; then it takes the place of `path`.
+
+    If the block raises, the temporary file is deleted and `path` stays as it was. A symbolic link stays a link: the
+    file that it points to is replaced. OSError with the reason where there cannot be such a file.
+    """
+    path = path.resolve()
+    delete_abandoned(path.parent, f".{glob.escape(path.name)}.*.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, mode), "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)  # says that this process lives
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
