@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
-from quantize import load_model, read_checkpoint, write_checkpoint
-from scripts.convert_hf_checkpoint import convert, model_args, read_tensors
-
-ROOT = Path(__file__).parents[1]
+from checkpoint import load_model, read_checkpoint, write_checkpoint
+from scripts.convert_hf_checkpoint import convert, model_args, read_weights
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -36,7 +35,6 @@ def test_every_format_of_weights_converts_to_the_same_tensors(random_llama) -> N
         names = list(state)
         for i in range(3):
             torch.save({name: state[name] for name in names[i::3]}, folder / f"pytorch_model-{i:05}-of-00003.bin")
-        (folder / "pytorch_model.bin.index.json").write_text("not looked at")
 
     for layout in (lambda: use_bin(False), lambda: use_bin(True), use_sharded_bin, use_sharded_safetensors):
         for old in [*folder.glob("*.safetensors*"), *folder.glob("*.bin*")]:
@@ -51,19 +49,95 @@ def test_every_format_of_weights_converts_to_the_same_tensors(random_llama) -> N
 def test_safetensors_win_over_bin(random_llama) -> None:
     reference, folder = random_llama()
     (folder / "pytorch_model.bin").write_bytes(b"not looked at")
-    assert dict(read_tensors(folder)).keys() == reference.state_dict().keys()
+    assert read_weights(folder).keys() == reference.state_dict().keys()
+
+
+def test_the_index_decides_which_files_are_read(random_llama) -> None:
+    """Older shards, a second format and a consolidated file beside are not looked at."""
+    reference, folder = random_llama()
+    (folder / "model.safetensors").unlink()
+    reference.save_pretrained(folder, max_shard_size="100KB")
+    for name in ("model-00001-of-00099.safetensors", "model.safetensors", "pytorch_model.bin"):
+        (folder / name).write_bytes(b"not looked at")
+    assert read_weights(folder).keys() == reference.state_dict().keys()
+
+
+def state_of(reference, **changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """A state_dict in which the two ends (embed_tokens, lm_head) are what is given, or left out."""
+    state = dict(reference.state_dict())
+    names = {"embeddings": "model.embed_tokens.weight", "output": "lm_head.weight"}
+    for key, tensor in changes.items():
+        state.pop(names[key], None)
+        if tensor is not None:
+            state[names[key]] = tensor
+    return state
+
+
+def test_tied_embeddings_by_what_the_files_hold(random_llama) -> None:
+    """One tensor under either name stands for both; two that differ are both kept."""
+    reference, folder = random_llama(tie_word_embeddings=True)
+    embeddings = reference.state_dict()["model.embed_tokens.weight"].clone()
+    other = embeddings + 1
+    (folder / "model.safetensors").unlink()
+    for changes, output in (
+        ({"embeddings": embeddings, "output": None}, embeddings),
+        ({"embeddings": None, "output": embeddings}, embeddings),
+        ({"embeddings": embeddings, "output": embeddings.clone()}, embeddings),
+        ({"embeddings": embeddings, "output": other}, other),
+    ):
+        torch.save(state_of(reference, **changes), folder / "pytorch_model.bin")
+        model = weights(folder)
+        assert torch.equal(model["tok_embeddings.weight"], embeddings)
+        assert torch.equal(model["output.weight"], output)
+
+
+def test_parameters_in_a_bin_are_tensors(random_llama) -> None:
+    """As named_parameters() and state_dict(keep_vars=True) give them."""
+    reference, folder = random_llama()
+    expected = {name: tensor.clone() for name, tensor in weights(folder).items()}
+    (folder / "model.safetensors").unlink()
+    torch.save(dict(reference.named_parameters()), folder / "pytorch_model.bin")
+    converted = weights(folder)
+    assert all(torch.equal(converted[name], expected[name]) for name in expected)
+
+
+def test_a_symbolic_link_stays_one(random_llama, tmp_path_factory) -> None:
+    """What it points to is replaced."""
+    _, folder = random_llama()
+    elsewhere = tmp_path_factory.mktemp("disk") / "big.pth"
+    elsewhere.write_bytes(b"old")
+    (folder / "model.pth").symlink_to(elsewhere)
+    convert(folder, "bfloat16")
+    assert (folder / "model.pth").is_symlink()
+    assert read_checkpoint(elsewhere).args.dim == 64
+
+
+def test_what_config_json_leaves_out_has_transformers_defaults() -> None:
+    config = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "intermediate_size": 96,
+        "vocab_size": 300,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": {"type": None},
+    }
+    args = model_args(config)
+    assert (args.max_seq_length, args.rope_theta, args.rope_scale, args.n_kv_head) == (2048, 10000.0, 1.0, 2)
 
 
 def test_unaligned_safetensors_are_read(random_llama, tmp_path: Path) -> None:
     """The format does not promise that tensors start at multiples of their item size."""
     _, folder = random_llama()
     path = folder / "model.safetensors"
-    expected, content = {k: v.clone() for k, v in read_tensors(path.parent)}, path.read_bytes()
+    expected = {name: read().clone() for name, read in read_weights(folder).items()}
+    content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = content[8 : 8 + length].rstrip() + b" "
     header += b" " * (1 - len(header) % 2)
     path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in read_tensors(path.parent))
+    assert all(torch.equal(read(), expected[name]) for name, read in read_weights(folder).items())
 
 
 def test_both_spellings_of_the_config_are_one_shape(random_llama) -> None:

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_generate import run_cli
+from conftest import ROOT, run_cli
 
 import kernels
+from checkpoint import GROUPSIZES, load_model, read_checkpoint
 from kernels import cpu
-from quantize import GROUPSIZES, load_model, quantize, quantize_int4, quantize_int8, read_checkpoint
+from quantize import quantize, quantize_int4, quantize_int8
 
-ROOT = Path(__file__).parents[1]
-SCHEMES = [None, 0, *GROUPSIZES]  # bfloat16, int8, int4 by group size
-pytestmark = pytest.mark.skipif(shutil.which(cpu.COMPILER) is None, reason="the kernels need a C++ compiler")
+SCHEMES = [(16, 0), (8, 0), *((4, groupsize) for groupsize in GROUPSIZES)]  # bits and group size
+multiply = torch.ops.llama.linear
+pytestmark = pytest.mark.skipif(shutil.which(cpu.COMPILER.split()[0]) is None, reason="the kernels need a C++ compiler")
 
 
 BUILDS = {"fast": [], "portable": ["-DPORTABLE"]}
@@ -42,10 +43,11 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def stored(weight: torch.Tensor, groupsize: int | None) -> list[torch.Tensor | None]:
-    if groupsize is None:
+def stored(weight: torch.Tensor, bits: int, groupsize: int) -> list[torch.Tensor | None]:
+    """Weight, scale and minimum, as a layer stores them."""
+    if bits == 16:
         return [weight.bfloat16(), None, None]
-    parts = quantize_int4(weight, groupsize) if groupsize else quantize_int8(weight)
+    parts = quantize_int8(weight) if bits == 8 else quantize_int4(weight, groupsize)
     return [parts["weight"].contiguous(), parts["scale"], parts.get("minimum")]
 
 
@@ -57,26 +59,27 @@ def product_error(x: torch.Tensor, weight: list[torch.Tensor | None]) -> float:
     few = cpu.MAX_ROWS if weight[1] is None else 4 * cpu.MAX_ROWS
     exact = kernels.dequantize(*weight, torch.float32 if len(x) <= few else x.dtype).double()
     terms = x.double().abs() @ exact.abs().T
-    error = (kernels.linear(x[None], *weight)[0].double() - x.double() @ exact.T).abs()
+    error = (multiply(x[None], *weight)[0].double() - x.double() @ exact.T).abs()
     return (error / (terms * 2**-16 + (x.double() @ exact.T).abs() * 2**-8 + 1e-30)).max().item()
 
 
 @pytest.mark.parametrize("n_in", [32, 64, 96, 256, 768, 1376, 2752, 11008])
 def test_products_are_exact_but_for_the_rounding_of_bfloat16(library, n_in: int) -> None:
     """1 to 17 rows, 64 and 65, every group size that divides, odd numbers of output channels."""
-    for groupsize in SCHEMES:
-        if groupsize and n_in % groupsize:
+    for bits, groupsize in SCHEMES:
+        if bits == 4 and n_in % groupsize:
             continue
         for n_out in (1, 2, 37):
-            weight = stored(normal(n_out, n_in) * 0.02, groupsize)
+            weight = stored(normal(n_out, n_in) * 0.02, bits, groupsize)
             for rows in (*range(1, 18), 64, 65) if n_out == 37 else (1, 9):
-                assert product_error(normal(rows, n_in, seed=1).bfloat16(), weight) < 1, (groupsize, n_out, rows)
+                error = product_error(normal(rows, n_in, seed=1).bfloat16(), weight)
+                assert error < 1, (bits, groupsize, n_out, rows)
 
 
 @pytest.mark.parametrize("factor", [1e-30, 1e-6, 1e6, 1e30])
 def test_products_with_extreme_scales(library, factor: float) -> None:
-    for groupsize in SCHEMES:
-        weight = stored(normal(33, 512) * factor, groupsize)
+    for scheme in SCHEMES:
+        weight = stored(normal(33, 512) * factor, *scheme)
         for rows in (1, 5, 16):
             assert product_error(normal(rows, 512).bfloat16(), weight) < 1
 
@@ -89,22 +92,22 @@ def test_weights_mapped_from_a_file_give_the_same_product(library, demo, tmp_pat
         weight = [mapped.weight, mapped.scale, mapped.minimum]
         copied = [None if tensor is None else tensor.clone() for tensor in weight]
         x = normal(1, 3, 256).bfloat16()
-        assert torch.equal(kernels.linear(x, *weight), kernels.linear(x, *copied))
+        assert torch.equal(multiply(x, *weight), multiply(x, *copied))
 
 
 def attention_inputs(rows: int, filled: int, heads: tuple[int, int, int]) -> tuple[torch.Tensor, ...]:
-    """Projections, angles, positions and caches of a batch of one: (n_head, n_kv_head, head_dim) heads."""
+    """Projections, angles, positions and cache of a batch of one: (n_head, n_kv_head, head_dim) heads."""
     n_head, n_kv_head, head_dim = heads
     qkv = normal(1, rows, (n_head + 2 * n_kv_head) * head_dim).bfloat16()
     positions = torch.arange(filled - rows, filled)
     angles = torch.outer(positions.float(), 10000.0 ** -torch.linspace(0, 1, head_dim // 2))
     rope = torch.cat([angles.cos(), angles.sin()], dim=-1)
-    caches = normal(2, 1, n_kv_head, 720, head_dim, seed=2).bfloat16()
-    return qkv, rope, positions, caches[0].contiguous(), caches[1].contiguous()
+    return qkv, rope, positions, normal(2, 1, n_kv_head, 720, head_dim, seed=2).bfloat16()
 
 
-def reference_attention(qkv, rope, positions, k_cache, v_cache) -> torch.Tensor:
-    """In float64, from the definition, head by head; the caches get the rows."""
+def reference_attention(qkv, rope, positions, cache) -> torch.Tensor:
+    """In float64, from the definition, head by head; the cache gets the rows."""
+    k_cache, v_cache = cache
     rows, n_kv_head, head_dim = qkv.shape[1], k_cache.shape[1], k_cache.shape[3]
     heads = qkv[0].view(rows, -1, head_dim).double()
     n_head = heads.shape[1] - 2 * n_kv_head
@@ -117,14 +120,14 @@ def reference_attention(qkv, rope, positions, k_cache, v_cache) -> torch.Tensor:
     for row, position in enumerate(positions.tolist()):
         for head in range(n_head):
             group = head // (n_head // n_kv_head)
-            k, v = (cache[0, group, : position + 1].double() for cache in (k_cache, v_cache))
+            k, v = (half[0, group, : position + 1].double() for half in (k_cache, v_cache))
             out.append((k @ turned[row, head].double() / head_dim**0.5).softmax(0) @ v)
     return torch.stack(out).view(1, rows, -1)
 
 
 @pytest.mark.parametrize("heads", [(4, 4, 64), (8, 2, 80), (8, 1, 128), (8, 4, 32), (4, 2, 24), (4, 2, 100)], ids=str)
 def test_attention_equals_the_definition(library, heads: tuple[int, int, int]) -> None:
-    """1 to 16 rows, filled lengths 1 to 700, groups of 1, 2, 4 and 8; the caches get the same keys and values."""
+    """1 to 16 rows, filled lengths 1 to 700, groups of 1, 2, 4 and 8; the cache gets the same keys and values."""
     for filled in (1, 2, 3, 16, 17, 100, 255, 256, 257, 511, 513, 700):
         for rows in (1, 2, 5, 16):
             if rows > filled:
@@ -133,41 +136,39 @@ def test_attention_equals_the_definition(library, heads: tuple[int, int, int]) -
             copies = [tensor.clone() for tensor in inputs]
             y, expected = kernels.attention(*inputs), reference_attention(*copies)
             assert (y.double() - expected).abs().max() < 2**-8 * expected.abs().max() + 1e-3, (filled, rows)
-            for ours, theirs in zip(inputs[3:], copies[3:], strict=True):
-                different = ours != theirs
-                assert different.float().mean() < 1e-3  # float32 against float64 at the middle of two bfloat16
-                assert (ours.float() - theirs.float()).abs().max() < 2**-6
+            different = inputs[3] != copies[3]
+            assert different.float().mean() < 1e-3  # float32 against float64 at the middle of two bfloat16
+            assert (inputs[3].float() - copies[3].float()).abs().max() < 2**-6
 
 
 def test_row_i_of_many_is_bit_for_bit_that_row_alone(library) -> None:
-    for groupsize in SCHEMES:
-        weight, x = stored(normal(41, 768) * 0.02, groupsize), normal(1, 16, 768).bfloat16()
-        alone = torch.cat([kernels.linear(x[:, i : i + 1], *weight) for i in range(16)], dim=1)
+    for scheme in SCHEMES:
+        weight, x = stored(normal(41, 768) * 0.02, *scheme), normal(1, 16, 768).bfloat16()
+        alone = torch.cat([multiply(x[:, i : i + 1], *weight) for i in range(16)], dim=1)
         for rows in range(1, 17):
-            assert torch.equal(kernels.linear(x[:, :rows], *weight), alone[:, :rows]), (groupsize, rows)
+            assert torch.equal(multiply(x[:, :rows], *weight), alone[:, :rows]), (scheme, rows)
 
 
 def test_rows_of_attention_at_once_equal_one_by_one_and_do_not_see_what_follows(library) -> None:
     for filled in (16, 200, 260, 600):
-        qkv, rope, positions, k, v = attention_inputs(16, filled, (8, 2, 64))
-        caches = k.clone(), v.clone()
-        together = kernels.attention(qkv, rope, positions, k, v)
-        for tensor in caches:
-            tensor[:, :, filled:] = float("nan")
+        qkv, rope, positions, cache = attention_inputs(16, filled, (8, 2, 64))
+        dirty = cache.clone()
+        together = kernels.attention(qkv, rope, positions, cache)
+        dirty[:, :, :, filled:] = float("nan")
         rows = [slice(i, i + 1) for i in range(16)]
-        single = [kernels.attention(qkv[:, r], rope[r], positions[r], *caches) for r in rows]
+        single = [kernels.attention(qkv[:, r], rope[r], positions[r], dirty) for r in rows]
         assert torch.equal(torch.cat(single, dim=1), together)
-        assert torch.equal(caches[0][:, :, :filled], k[:, :, :filled])
+        assert torch.equal(dirty[:, :, :, :filled], cache[:, :, :, :filled])
 
 
 def test_the_same_bits_on_every_run_and_any_number_of_threads(library) -> None:
-    weight, x = stored(normal(555, 1376) * 0.02, 32), normal(1, 5, 1376).bfloat16()
+    weight, x = stored(normal(555, 1376) * 0.02, 4, 32), normal(1, 5, 1376).bfloat16()
     inputs = attention_inputs(4, 600, (8, 2, 64))
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 8, 2):
             torch.set_num_threads(threads)
-            results.append((kernels.linear(x, *weight), kernels.attention(*inputs)))
+            results.append((multiply(x, *weight), kernels.attention(*inputs)))
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:
@@ -178,24 +179,18 @@ def test_the_same_bits_on_every_run_and_any_number_of_threads(library) -> None:
 def test_dequantized_slabs_equal_pytorch(library, dtype: torch.dtype, monkeypatch) -> None:
     monkeypatch.setattr(cpu, "SCRATCH", 5000)
     cpu._scratch.cache_clear()
-    for groupsize in SCHEMES[1:]:
-        weight, x = stored(normal(77, 768), groupsize), torch.eye(768, dtype=dtype)
-        assert torch.equal(kernels.linear(x, *weight), kernels.dequantize(*weight, dtype).T)
+    for scheme in SCHEMES[1:]:
+        weight, x = stored(normal(77, 768), *scheme), torch.eye(768, dtype=dtype)
+        assert torch.equal(multiply(x, *weight), kernels.dequantize(*weight, dtype).T)
     cpu._scratch.cache_clear()
 
 
-@pytest.mark.parametrize("scheme", [None, {"mode": "int8"}, {"mode": "int4", "groupsize": 32}], ids=str)
+@pytest.mark.parametrize("weights", ["target", "int8", "int4"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @torch.inference_mode()
-def test_what_is_verified_at_once_equals_what_is_decoded_one_by_one(
-    demo, tmp_path: Path, scheme, compiled: bool
-) -> None:
+def test_what_is_verified_at_once_equals_what_is_decoded_one_by_one(demo, weights: str, compiled: bool) -> None:
     """Logits of the whole model in bfloat16, bit for bit: 2 to 16 rows against single ones."""
-    checkpoint = read_checkpoint(demo["target"])
-    if scheme:
-        quantize(checkpoint, scheme, "cpu", tmp_path / "model.pth")
-        checkpoint = read_checkpoint(tmp_path / "model.pth")
-    model = load_model(checkpoint, "cpu", torch.bfloat16)
+    model = load_model(read_checkpoint(demo[weights]), "cpu", torch.bfloat16)
     forward = torch.compile(lambda *inputs: model(*inputs), fullgraph=True) if compiled else model
     tokens = torch.randint(3, 2048, (1, 64), generator=torch.Generator().manual_seed(0))
 
@@ -215,16 +210,82 @@ def test_what_is_verified_at_once_equals_what_is_decoded_one_by_one(
     assert torch.equal(logits([2, 3, 5, 7, 11, 13, 16, 7]), single)
 
 
-def test_a_damaged_or_foreign_build_is_built_again(tmp_path: Path) -> None:
+SIZES = {  # at and beyond what the kernels have room for: (n_in, groupsize), and head_dim
+    "products": [(32, 32), (48, 0), (33, 0), (512, 16), (768, 48), (cpu.SCRATCH, 0), (cpu.SCRATCH + 32, 0)],
+    "heads": [2, 62, cpu.MAX_HEAD_DIM, cpu.MAX_HEAD_DIM + 2, 2048],
+}
+
+
+@pytest.mark.parametrize("n_in, groupsize", SIZES["products"])
+def test_a_size_that_the_kernels_do_not_take_goes_to_pytorch(n_in: int, groupsize: int) -> None:
+    """One row and many, in bfloat16 and float32: the product of the restored weight all the same."""
+    weight = stored(normal(2, n_in) * 0.02, 4 if groupsize else 8, groupsize)
+    for rows in (1, 65):
+        for dtype in (torch.bfloat16, torch.float32):
+            x = normal(rows, n_in).to(dtype)
+            exact = x.double() @ kernels.dequantize(*weight, torch.float32).double().T
+            error = (multiply(x, *weight).double() - exact).abs().max()
+            assert error <= 2**-6 * exact.abs().max() + 1e-3 * n_in**0.5 * 0.02, (rows, dtype)
+
+
+@pytest.mark.parametrize("head_dim", SIZES["heads"])
+def test_heads_of_any_size_give_the_definition(head_dim: int) -> None:
+    inputs = attention_inputs(2, 300, (2, 1, head_dim))
+    copies = [tensor.clone() for tensor in inputs]
+    y, expected = kernels.attention(*inputs), reference_attention(*copies)
+    assert (y.double() - expected).abs().max() < 2**-7 * expected.abs().max() + 1e-2
+
+
+def test_a_build_that_does_not_load_is_built_again(tmp_path: Path) -> None:
     cpu.build(tmp_path, cpu.FLAGS)
     (path,) = tmp_path.glob("*.so")
-    whole = path.read_bytes()
-    for damage in (b"", b"not a library", whole[: len(whole) // 2], whole[:-1] + bytes([whole[-1] ^ 1])):
-        path.unlink()
-        path.write_bytes(damage)
-        assert cpu.build(tmp_path, cpu.FLAGS).linear
-        assert path.read_bytes() == whole or len(path.read_bytes()) > 1000
+    size = path.stat().st_size
+    path.unlink()  # it is mapped: another file takes its place
+    path.write_bytes(b"not a library")
+    assert cpu.build(tmp_path, cpu.FLAGS).linear
+    assert path.stat().st_size == size
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_where_no_folder_takes_the_build_it_is_kept_in_memory(tmp_path: Path, monkeypatch, capsys) -> None:
+    """A cache folder that cannot be made, and a user without a home; one line says why."""
+    for name, value in (("XDG_CACHE_HOME", "/dev/null/cache"), ("XDG_CACHE_HOME", "")):
+        monkeypatch.setenv(name, value)
+        monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+        cpu.library.cache_clear()
+        assert cpu.library().linear
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "this run only" in line and ("/dev/null/cache" in line or "no home" in line)
+    cpu.library.cache_clear()
+
+
+def test_the_compiler_is_a_command_line(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(cpu, "COMPILER", f"env {cpu.COMPILER}")
+    assert cpu.build(tmp_path, cpu.FLAGS).linear
+
+
+@pytest.mark.parametrize(
+    "files, cpus",
+    [
+        ({}, float("inf")),
+        ({"cpu.max": "max 100000"}, float("inf")),
+        ({"cpu.max": "100000 100000"}, 1),
+        ({"cpu.max": "250000 100000"}, 2.5),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, float("inf")),
+        ({"cpu/cpu.cfs_quota_us": "150000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1.5),
+    ],
+)
+def test_a_containers_quota_is_seen(tmp_path: Path, monkeypatch, files: dict[str, str], cpus: float) -> None:
+    """cgroup v2 and v1; at least one thread, and no more than the quota allows."""
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert cpu.quota(tmp_path) == cpus
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cpu, "quota", lambda: cpus)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {10_000, 10_001, 10_002})
+    assert cpu.cores() == min(3, int(cpus) if cpus < 3 else 3)
 
 
 def test_another_source_flag_or_cpu_gets_another_build(tmp_path: Path, monkeypatch) -> None:
@@ -252,31 +313,32 @@ def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
     assert len(list((tmp_path / "llama_cpu_kernels").iterdir())) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["/no/such/compiler", "false"])
 def test_without_a_compiler_float32_text_is_the_same_and_one_line_says_that_it_is_slower(
-    demo, tmp_path, compiler: str
+    demo, tmp_path: Path, compiler: str
 ) -> None:
-    """In bfloat16, where the kernels would have worked, one more line on stderr; a compiler that fails is none."""
-    quantize(read_checkpoint(demo["target"]), {"mode": "int8"}, "cpu", tmp_path / "model.pth")
+    """The line names the compiler; one that fails is none."""
     environment = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "CXX": compiler}
     for precision in ("float32", "bfloat16"):
-        flags = ["--checkpoint_path", str(tmp_path / "model.pth"), "--max_new_tokens", "20", "--precision", precision]
-        usual, without = run_cli(*flags), run_cli(*flags, **environment)
+        flags = ["--checkpoint_path", demo["int8"], "--max_new_tokens", "20", "--precision", precision]
+        usual, without = run_cli("generate.py", *flags), run_cli("generate.py", *flags, **environment)
         assert without.stdout == usual.stdout or precision == "bfloat16"
-        extra = without.stderr.splitlines()[: len(without.stderr.splitlines()) - len(usual.stderr.splitlines()) + 1]
-        assert [("kernels" in line and "C++ compiler" in line) for line in extra] in ([True, False], [False, True])
+        (line,) = [line for line in without.stderr.splitlines() if "kernels" in line]
+        assert line.startswith(f"no CPU kernels, so decoding is several times slower: {compiler}")
+        assert len(without.stderr.splitlines()) == len(usual.stderr.splitlines()) + 1
 
 
 SANITIZED = """
 import sys, torch
 sys.path.insert(0, "tests")
 import test_kernels as t, kernels
-for groupsize in t.SCHEMES:
-    for n_in in (256, 1376) if not groupsize or groupsize == 32 else (256,):
-        weight = t.stored(t.normal(37, n_in), groupsize)
+for bits, groupsize in t.SCHEMES:
+    for n_in in (256, 1376) if groupsize in (0, 32) else (256,):
+        weight = t.stored(t.normal(37, n_in), bits, groupsize)
         for rows in (1, 3, 8, 16):
             t.product_error(t.normal(rows, n_in).bfloat16(), weight)
-        kernels.linear(t.normal(1, 20, n_in), *weight)
+        t.multiply(t.normal(1, 20, n_in), *weight)
 for heads in ((4, 4, 64), (8, 1, 80), (4, 2, 24)):
     for filled, rows in ((1, 1), (257, 16), (700, 3), (720, 16)):
         kernels.attention(*t.attention_inputs(rows, filled, heads))
