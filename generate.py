@@ -139,7 +139,7 @@ class Speculation:
         counts = range(min(room, len(self.tokens) - 1) + 1)
         rates = [self.tokens[k] / self.seconds[k] if self.seconds[k] else 0.0 for k in counts]
         fastest = rates.index(max(rates))
-        larger = min(fastest + max(1, fastest // 2), counts[-1])
+        larger = min(max(1, 2 * fastest), counts[-1])
         turn, rest = divmod(len(self.rounds), self.EVERY)
         if rates[0] and not rates[larger]:
             return larger

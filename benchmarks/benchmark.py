@@ -1,12 +1,12 @@
 """Measures this project beside its peers, in turn in one run, as shares of what the memory allows.
 
-    python -m tests.benchmark --shapes 1.1b --rounds 5 --out results       # JSON, a table, a figure
-    python -m tests.benchmark --quick                                      # the demo checkpoint, under two minutes
+    python -m benchmarks.benchmark --shapes 1.1b --rounds 5 --out results       # JSON, a table, a figure
+    python -m benchmarks.benchmark --quick                                      # the demo checkpoint, under two minutes
 
-Every program lives in a process of its own and is asked in turn; between two, read bandwidth is measured again. Weights are
-random. Peers are measured where they are installed: pip install llama-cpp-python gguf, transformers; the figure needs
-matplotlib. Decoding a token reads all weights but the embedding table once, and the keys and values so far: that over read
-bandwidth is the floor, and floor over time the share of memory speed.
+Every program lives in a process of its own and is asked in turn; between two, read bandwidth is measured again. Weights
+are random. Peers are measured where they are installed: pip install llama-cpp-python gguf, transformers; the figure
+needs matplotlib. Decoding a token reads all weights but the embedding table once, and the keys and values so far: that
+over read bandwidth is the floor, and floor over time the share of memory speed.
 """
 
 import argparse
@@ -14,11 +14,13 @@ import importlib.util
 import json
 import os
 import random
+import shlex
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import terminal
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -26,23 +28,32 @@ from pathlib import Path
 
 import torch
 
-from generate import Engine, Sampling, Speculation, generate, prompt_lookup
-from kernels import cpu
+from benchmarks.grow import SHAPES, shape_args
+from checkpoint import DEVICES, empty_model, load_model, read_checkpoint, write_checkpoint
+from generate import Engine, generate
+from kernels import Linear, cpu
+from kernels.sampling import Sampling
 from model import ModelArgs
-from quantize import build_model, load_model, quantize, read_checkpoint, run, write_checkpoint
-from tests.grow import SHAPES, shape_args
+from quantize import quantize
+from scripts.convert_hf_checkpoint import convert
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "tests" / "demo" / "target"
-OURS = {  # label -> quantization
-    "bf16": None, "int8": {"mode": "int8"}, "int4 g32": {"mode": "int4", "groupsize": 32},
-    "int4 g64": {"mode": "int4", "groupsize": 64}, "int4 g128": {"mode": "int4", "groupsize": 128},
-}  # fmt: skip
+OURS = {  # label: quantization
+    "bf16": None,
+    "int8": {"mode": "int8"},
+    "int4 g32": {"mode": "int4", "groupsize": 32},
+    "int4 g64": {"mode": "int4", "groupsize": 64},
+    "int4 g128": {"mode": "int4", "groupsize": 128},
+}
 LLAMA_CPP = {"F16": 2, "Q8_0": 34 / 32, "Q4_1": 20 / 32, "Q4_0": 18 / 32}  # bytes of a weight of the embedding table
 BITS = {  # what is compared with what: the same number of bits per weight, or nearly
-    "16 bits": ("bf16", "llama.cpp F16", "transformers bf16"), "8 bits": ("int8", "llama.cpp Q8_0"),
-    "5 bits": ("int4 g32", "llama.cpp Q4_1"), "4.5 bits": ("int4 g64", "llama.cpp Q4_0"),
-}  # fmt: skip
+    "16 bits": ["bf16", "llama.cpp F16", "transformers bf16"],
+    "8 bits": ["int8", "llama.cpp Q8_0"],
+    "5 bits": ["int4 g32", "llama.cpp Q4_1"],
+    "4.5 bits": ["int4 g64", "llama.cpp Q4_0"],
+}
+BYTES = {"16 bits": 2, "8 bits": 1.1, "5 bits": 0.65, "4.5 bits": 0.58}  # of a weight, the embedding table included
 WITHOUT = ("products", "attention", "prefetch")  # mechanisms that a worker can switch off
 
 
@@ -82,7 +93,8 @@ def random_checkpoint(args: ModelArgs, folder: Path, quantization: dict | None) 
     path = folder / "model.pth"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        shapes, pool = build_model(args, None, torch.bfloat16).state_dict(), (torch.randn(2**22) * 0.02).bfloat16()
+        tensors = empty_model(args, None, torch.bfloat16).to_empty(device="cpu").state_dict()
+        pool = (torch.randn(2**22) * 0.02).bfloat16()
 
         def fill(mapped: dict[str, torch.Tensor]) -> None:
             for name, tensor in mapped.items():
@@ -92,7 +104,7 @@ def random_checkpoint(args: ModelArgs, folder: Path, quantization: dict | None) 
 
         header = {"config": asdict(args), "quantization": None, "chat": False}
         header["tokenizer"] = (DEMO / "tokenizer.model").read_bytes()
-        write_checkpoint(path, header, {name: torch.empty_like(t, device="cpu") for name, t in shapes.items()}, fill)
+        write_checkpoint(path, header, tensors, fill)
     if quantization is None:
         return path
     quantized = folder / f"model_{'_'.join(map(str, quantization.values()))}.pth"
@@ -101,65 +113,84 @@ def random_checkpoint(args: ModelArgs, folder: Path, quantization: dict | None) 
     return quantized
 
 
-def random_gguf(args: ModelArgs, folder: Path, kind: str) -> Path:
-    """The same shape for llama.cpp: F16 with random weights, the others quantized from it by llama.cpp."""
+def gguf_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+    """The tensors of a Llama as llama.cpp names them."""
+    heads, kv = args.n_head * args.head_dim, args.n_kv_head * args.head_dim
+    layer = {
+        "attn_q": (heads, args.dim),
+        "attn_k": (kv, args.dim),
+        "attn_v": (kv, args.dim),
+        "attn_output": (args.dim, heads),
+        "ffn_gate": (args.ffn_dim, args.dim),
+        "ffn_up": (args.ffn_dim, args.dim),
+        "ffn_down": (args.dim, args.ffn_dim),
+        "attn_norm": (args.dim,),
+        "ffn_norm": (args.dim,),
+    }
+    table = (args.vocab_size, args.dim)
+    shapes = {"token_embd": table, "output": table, "output_norm": (args.dim,)}
+    return shapes | {f"blk.{i}.{name}": shape for i in range(args.n_layer) for name, shape in layer.items()}
+
+
+def write_random_gguf(args: ModelArgs, path: Path) -> None:
+    """A file for llama.cpp with random weights of that shape in float16."""
     import gguf  # noqa: PLC0415
-    import llama_cpp  # noqa: PLC0415
     import numpy as np  # noqa: PLC0415
 
-    f16, path = folder / "F16.gguf", folder / f"{kind}.gguf"
-    if not f16.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        pool, writer = (
-            (np.random.default_rng(0).standard_normal(2**22) * 0.02).astype(np.float16),
-            gguf.GGUFWriter(f16, "llama"),
-        )
-        for name, value in {
-            "context_length": args.max_seq_length, "embedding_length": args.dim, "block_count": args.n_layer,
-            "feed_forward_length": args.ffn_dim, "head_count": args.n_head, "head_count_kv": args.n_kv_head,
-            "layer_norm_rms_eps": args.norm_eps, "rope_dimension_count": args.head_dim, "vocab_size": args.vocab_size,
-            "file_type": 1,
-        }.items():  # fmt: skip
-            getattr(writer, f"add_{name}")(value)
-        pieces = [b"<unk>", b"<s>", b"</s>", *(b"<0x%02X>" % i for i in range(256))]
-        pieces += [b"piece%d" % i for i in range(args.vocab_size - len(pieces))]
-        writer.add_tokenizer_model("llama")
-        writer.add_token_list(pieces)
-        writer.add_token_scores([0.0] * args.vocab_size)
-        writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * (args.vocab_size - 259))
-        kv = args.n_kv_head * args.head_dim
-        layer = {
-            "attn_q": (args.n_head * args.head_dim, args.dim), "attn_k": (kv, args.dim), "attn_v": (kv, args.dim),
-            "attn_output": (args.dim, args.n_head * args.head_dim), "ffn_gate": (args.ffn_dim, args.dim),
-            "ffn_up": (args.ffn_dim, args.dim), "ffn_down": (args.dim, args.ffn_dim), "attn_norm": (args.dim,),
-            "ffn_norm": (args.dim,),
-        }  # fmt: skip
-        sizes = {
-            "token_embd": (args.vocab_size, args.dim),
-            "output": (args.vocab_size, args.dim),
-            "output_norm": (args.dim,),
-        }
-        sizes |= {f"blk.{i}.{name}": size for i in range(args.n_layer) for name, size in layer.items()}
-        for name, size in sizes.items():
-            plain = np.ones(size, np.float32) if len(size) == 1 else np.resize(pool, size)
-            writer.add_tensor(f"{name}.weight", plain)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pool = (np.random.default_rng(0).standard_normal(2**22) * 0.02).astype(np.float16)
+    writer = gguf.GGUFWriter(path, "llama")
+    fields = {
+        "context_length": args.max_seq_length,
+        "embedding_length": args.dim,
+        "block_count": args.n_layer,
+        "feed_forward_length": args.ffn_dim,
+        "head_count": args.n_head,
+        "head_count_kv": args.n_kv_head,
+        "layer_norm_rms_eps": args.norm_eps,
+        "rope_dimension_count": args.head_dim,
+        "vocab_size": args.vocab_size,
+        "file_type": 1,
+    }
+    for name, value in fields.items():
+        getattr(writer, f"add_{name}")(value)
+    pieces = [b"<unk>", b"<s>", b"</s>", *(b"<0x%02X>" % i for i in range(256))]
+    pieces += [b"piece%d" % i for i in range(args.vocab_size - len(pieces))]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(pieces)
+    writer.add_token_scores([0.0] * args.vocab_size)
+    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * (args.vocab_size - 259))
+    for name, shape in gguf_shapes(args).items():
+        values = np.ones(shape, np.float32) if len(shape) == 1 else np.resize(pool, shape)
+        writer.add_tensor(f"{name}.weight", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def random_gguf(args: ModelArgs, folder: Path, kind: str) -> Path:
+    """The same shape for llama.cpp, made once: F16 with random weights, the others quantized from it by llama.cpp."""
+    import llama_cpp  # noqa: PLC0415
+
+    original, path = folder / "F16.gguf", folder / f"{kind}.gguf"
+    if not original.exists():
+        write_random_gguf(args, original)
     if not path.exists():
         silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
         llama_cpp.llama_log_set(silent, llama_cpp.ctypes.c_void_p(0))
         options = llama_cpp.llama_model_quantize_default_params()
-        options.nthread, options.ftype = cpu.cores(), getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
-        llama_cpp.llama_model_quantize(str(f16).encode(), str(path).encode(), options)
+        options.nthread = cpu.cores()
+        options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+        llama_cpp.llama_model_quantize(str(original).encode(), str(path).encode(), options)
     return path
 
 
-# ---- What is measured: programs. Each function loads, says what it has, and returns: (prompt, tokens) -> seconds of each.
+# ---- What is measured: programs. Each function loads one: what it says of itself, and what answers questions.
 
 
 def random_ids(count: int, vocab_size: int) -> list[int]:
+    """A prompt."""
     draw = random.Random(0)
     return [1, *(draw.randrange(300, min(vocab_size, 2000)) for _ in range(count - 1))]
 
@@ -171,17 +202,17 @@ def memory() -> dict[str, float]:
 
 
 def switch_off(mechanism: str) -> None:
-    """Replace one of WITHOUT by what PyTorch does, or by nothing."""
+    """Replace one of WITHOUT by what PyTorch does, or by nothing, before a kernel is used."""
     if mechanism == "products":
-        cpu.suits = lambda x, weight: False
+        cpu.takes_product = lambda x, weight, minimum: False
     elif mechanism == "attention":
-        library = cpu.library
-        cpu.library = lambda: None if sys._getframe(1).f_code.co_name == "_attention" else library()
+        cpu.takes_attention = lambda qkv, cache: False
     elif mechanism == "prefetch":
-        folder = Path(tempfile.mkdtemp())
-        source = Path(cpu.__file__).with_name("cpu.cpp").read_text()
-        (folder / "cpu.cpp").write_text(source.replace("AHEAD = 8192", "AHEAD = 0"))
-        cpu.__file__ = str(folder / "cpu.py")
+        source = cpu.SOURCE.read_text()
+        with tempfile.TemporaryDirectory() as folder:
+            cpu.SOURCE = Path(folder) / "cpu.cpp"
+            cpu.SOURCE.write_text(source.replace("AHEAD = 8192", "AHEAD = 0"))
+            cpu.library()  # from now on it is this one
 
 
 def ours(path: Path, device: str, compiled: bool, without: str) -> tuple[dict, Callable]:
@@ -190,7 +221,7 @@ def ours(path: Path, device: str, compiled: bool, without: str) -> tuple[dict, C
     checkpoint = read_checkpoint(path)
     model = load_model(checkpoint, device, torch.bfloat16)
     engine = Engine(model, model.make_cache(checkpoint.args.max_seq_length))
-    sampling = Sampling(torch.tensor(1, dtype=torch.int32, device=device), torch.tensor(0.8, device=device), None)
+    sampling = Sampling(torch.tensor(1, dtype=torch.int32, device=device), torch.tensor(0.8, device=device))
     start = time.perf_counter()
     if compiled:
         engine.compile(["decode", "verify"], sampling)
@@ -200,7 +231,7 @@ def ours(path: Path, device: str, compiled: bool, without: str) -> tuple[dict, C
         engine.ids.clear()
         ids = random_ids(prompt, checkpoint.args.vocab_size)
         start = time.perf_counter()
-        stream = generate(engine, ids, tokens, None, sampling, Speculation(prompt_lookup, 0))
+        stream = generate(engine, ids, tokens, None, sampling)
         next(stream)
         first = time.perf_counter()
         made = sum(1 for _ in stream)
@@ -218,13 +249,13 @@ def ours(path: Path, device: str, compiled: bool, without: str) -> tuple[dict, C
 
     def chain(prompt: int) -> float:
         """Seconds of the prompt's products alone, as F.linear in bfloat16: what is the least that a prompt takes."""
-        xs: dict[int, torch.Tensor] = {}
-        linears = [m for n, m in model.named_modules() if hasattr(m, "minimum") and n != "output"]
+        layers = [module for module in model.layers.modules() if isinstance(module, Linear)]
+        xs = {layer.n_in: torch.randn(1, prompt, layer.n_in, device=device).bfloat16() for layer in layers}
         start = time.perf_counter()
         with torch.inference_mode():
-            for m in linears:
-                x = xs.setdefault(m.weight.shape[1], torch.randn(1, prompt, m.weight.shape[1]).bfloat16())
-                torch.nn.functional.linear(x, m.weight)
+            for layer in layers:
+                product = torch.nn.functional.linear(xs[layer.n_in], layer.weight)
+            product[0, 0, 0].item()  # waits for a GPU
         return time.perf_counter() - start
 
     def ask(what: str, *numbers: int) -> object:
@@ -255,10 +286,15 @@ def transformers(args: ModelArgs, device: str) -> tuple[dict, Callable]:
 
     torch.set_num_threads(cpu.cores())
     config = LlamaConfig(
-        vocab_size=args.vocab_size, hidden_size=args.dim, intermediate_size=args.ffn_dim, num_hidden_layers=args.n_layer,
-        num_attention_heads=args.n_head, num_key_value_heads=args.n_kv_head, max_position_embeddings=args.max_seq_length,
+        vocab_size=args.vocab_size,
+        hidden_size=args.dim,
+        intermediate_size=args.ffn_dim,
+        num_hidden_layers=args.n_layer,
+        num_attention_heads=args.n_head,
+        num_key_value_heads=args.n_kv_head,
+        max_position_embeddings=args.max_seq_length,
         dtype="bfloat16",
-    )  # fmt: skip
+    )
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     model = model.to_empty(device=device).eval()
@@ -269,10 +305,9 @@ def transformers(args: ModelArgs, device: str) -> tuple[dict, Callable]:
 
     @torch.inference_mode()
     def ask(what: str, prompt: int, tokens: int) -> dict:
+        ids = torch.tensor([random_ids(prompt, args.vocab_size)], device=device)
         start = time.perf_counter()
-        result = model(
-            torch.tensor([random_ids(prompt, args.vocab_size)], device=device), use_cache=True, logits_to_keep=1
-        )
+        result = model(ids, use_cache=True, logits_to_keep=1)
         token = result.logits[:, -1:].argmax(-1)
         token.tolist()
         first = time.perf_counter()
@@ -300,11 +335,12 @@ def serve(program: str, options: dict) -> None:
 
 
 class Worker:
+    """A program in a process of its own."""
+
     def __init__(self, program: str, **options: object) -> None:
-        command = [sys.executable, "-m", "tests.benchmark", "--worker", program, json.dumps(options)]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
+        command = [sys.executable, "-m", "benchmarks.benchmark", "--worker", program, json.dumps(options)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
         self.says = self.answer()
 
     def answer(self) -> dict:
@@ -336,13 +372,14 @@ def bandwidth(device: str) -> float:
         return data.nbytes / events[0].elapsed_time(events[1]) / 1e6
     program = Path(tempfile.gettempdir()) / f"read_bandwidth-{os.getuid()}"
     source = Path(__file__).with_name("read_bandwidth.cpp")
-    if shutil.which(cpu.COMPILER) is None:
+    compiler = shlex.split(cpu.COMPILER)
+    if shutil.which(compiler[0]) is None:
         data = torch.zeros(2**27, dtype=torch.int64)
         start = time.perf_counter()
         data.sum()
         return data.nbytes / (time.perf_counter() - start) / 1e9
     if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
-        subprocess.run([cpu.COMPILER, "-O3", "-march=native", "-fopenmp", source, "-o", program], check=True)
+        subprocess.run([*compiler, "-O3", "-march=native", "-fopenmp", source, "-o", program], check=True)
     environment = os.environ | {"OMP_NUM_THREADS": str(cpu.cores())}
     return statistics.median(map(float, subprocess.check_output([program, "3"], env=environment, text=True).split()))
 
@@ -351,28 +388,21 @@ def bandwidth(device: str) -> float:
 
 
 def start_up(path: Path, device: str) -> dict[str, float]:
-    """Seconds from the shell to the first byte of text, 16 tokens of prompt: not compiled, compiled cold, compiled warm."""
+    """Seconds from the shell to the first byte of text, 16 tokens of prompt: not compiled, compiled cold and warm."""
+    command = [sys.executable, "generate.py", "--checkpoint_path", str(path), "--device", device, "--ignore_eos"]
+    command += ["--prompt", "a b c d e f g h i j k l m n o", "--max_new_tokens", "20"]
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         for name, flags in (("not compiled", []), ("compiled, cold", ["--compile"]), ("compiled, warm", ["--compile"])):
-            command = [
-                sys.executable,
-                "generate.py",
-                "--checkpoint_path",
-                path,
-                "--device",
-                device,
-                "--ignore_eos",
-                *flags,
-            ]
-            command += ["--prompt", "a b c d e f g h i j k l m n o", "--max_new_tokens", "20"]
-            environment, start = os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder}, time.perf_counter()
-            with subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-            ) as process:
-                process.stdout.read(1)
+            start = time.perf_counter()
+            with subprocess.Popen([*command, *flags], cwd=ROOT, env=environment, **pipes) as process:
+                first = process.stdout.read(1)
                 seconds[name] = time.perf_counter() - start
                 process.stdout.read()
+            if not first:
+                raise RuntimeError(f"generate.py said nothing: {' '.join([*command, *flags])}")
     return seconds
 
 
@@ -384,140 +414,143 @@ def tell(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
+def is_there(label: str, device: str) -> bool:
+    """Whether that program can be measured here."""
+    if label.startswith("llama.cpp"):
+        return device == "cpu" and installed("llama_cpp", "gguf")
+    return label in OURS or installed("transformers")
+
+
+def launch(label: str, args: ModelArgs, folder: Path, device: str) -> Worker:
+    """That program with its model, whose file is made where it is missing."""
+    if label in OURS:
+        path = random_checkpoint(args, folder, OURS[label])
+        return Worker("ours", path=str(path), device=device, compiled=True, without="")
+    program, kind = label.split()
+    if program == "llama.cpp":
+        return Worker(program, path=str(random_gguf(args, folder, kind)), args=asdict(args))
+    return Worker(program, args=asdict(args), device=device)
+
+
 def workers_of(shape: str, args: ModelArgs, folder: Path, options: argparse.Namespace) -> dict[str, Worker]:
     """The programs that are there and fit into three quarters of the memory together, each with its model loaded.
 
     What is compared comes together, int4 first, so that a shape that fills the memory still has pairs.
     """
-    budget = 0.75 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    parameters = sum(t.numel() for t in build_model(args, None, torch.bfloat16).state_dict().values())
-    size = {
-        "16 bits": 2,
-        "8 bits": 1.1,
-        "5 bits": 0.65,
-        "4.5 bits": 0.58,
-    }  # bytes of a weight, the embedding table included
-    made, used = {}, 0.0
-
-    def add(label: str, bits: str, program: str, make: Callable[[], dict]) -> None:
-        nonlocal used
-        need = size[bits] * parameters
-        if used + need > budget:
+    room = 0.75 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    parameters = sum(t.numel() for t in empty_model(args, None, torch.bfloat16).state_dict().values())
+    wanted = [(label, bits) for bits, labels in reversed(BITS.items()) for label in labels]
+    wanted += [("int4 g128", "4.5 bits")]
+    if options.quick:
+        wanted = [("bf16", "16 bits")]
+    workers = {}
+    for label, bits in wanted:
+        need = BYTES[bits] * parameters
+        if not is_there(label, options.device):
+            tell(f"{shape}: {label} is not installed")
+        elif need > room:
             tell(f"{shape}: no memory for {label}")
-            return
-        used += need
-        made[label] = Worker(program, **make())
-        tell(f"{shape}: loaded {label}")
+        else:
+            room -= need
+            workers[label] = launch(label, args, folder, options.device)
+            tell(f"{shape}: loaded {label}")
+    return workers
 
-    def checkpoint(quantization: dict | None) -> dict:
-        path = folder / "demo" / "model.pth" if shape == "demo" else None
-        path = path or random_checkpoint(args, folder / shape, quantization)
-        return {"path": str(path), "device": options.device, "compiled": True, "without": ""}
 
-    def gguf(kind: str) -> dict:
-        return {"path": str(random_gguf(args, folder / shape, kind)), "args": asdict(args)}
-
-    if shape == "demo":
-        add("bf16", "16 bits", "ours", lambda: checkpoint(None))
-        return made
-    for bits, labels in [*reversed(BITS.items()), ("4.5 bits", ["int4 g128"])]:
-        for label in labels:
-            if label in OURS:
-                add(label, bits, "ours", lambda label=label: checkpoint(OURS[label]))
-            elif label.startswith("llama.cpp") and options.device == "cpu" and installed("llama_cpp", "gguf"):
-                add(label, bits, "llama.cpp", lambda label=label: gguf(label.split()[1]))
-            elif label.startswith("transformers") and installed("transformers"):
-                add(label, bits, "transformers", lambda: {"args": asdict(args), "device": options.device})
-    return made
+def figures(values: dict[str, list[float]], says: dict, args: ModelArgs, bandwidths: list[float], options) -> dict:
+    """A program's part of the report: `values` by round, of what it measured, and what it `says` of itself."""
+    prompt = options.prompt
+    speeds = [1 / seconds for seconds in values["decode"]]
+    per_token = bytes_per_token(says["weights"], args, prompt, options.tokens)
+    report = {
+        "decode": spread(speeds),
+        "prefill": spread([prompt / seconds for seconds in values["prefill"]]),
+        "time to first token": spread(values["prefill"]),
+        "bytes per token": per_token,
+        "share": share(statistics.median(speeds), per_token, statistics.median(bandwidths)),
+        "anonymous GB": max(values["anonymous"]),
+        "mapped GB": max(values["mapped"]),
+        "compile": says.get("compile"),
+        "rows over one": None,
+        "linear chain": None,
+    }
+    if "rows 1" in values:
+        one = statistics.median(values["rows 1"])
+        report["rows over one"] = {n: statistics.median(values[f"rows {n}"]) / one for n in (2, 4, 8, 16)}
+    if "chain" in values:
+        report["linear chain"] = spread([prompt / seconds for seconds in values["chain"]])
+    return report
 
 
 def measure(shape: str, args: ModelArgs, folder: Path, options: argparse.Namespace) -> dict:
     """All programs on one shape, in turn."""
-    workers, results, bandwidths = workers_of(shape, args, folder, options), {}, []
-    prompt, tokens = options.prompt, options.tokens
+    workers = workers_of(shape, args, folder, options)
+    results: dict[str, dict[str, list[float]]] = {label: {} for label in workers}
+    bandwidths = []
     for worker in workers.values():
-        worker.ask("answer", prompt, 3)  # touches the weights
-    for round in range(options.rounds):
+        worker.ask("answer", options.prompt, 3)  # touches the weights
+    for i in range(options.rounds):
         for label, worker in workers.items():
             bandwidths.append(bandwidth(options.device))
-            for key, value in worker.ask("answer", prompt, tokens).items():
-                results.setdefault(label, {}).setdefault(key, []).append(value)
+            values = worker.ask("answer", options.prompt, options.tokens)
             if label in OURS:
-                for count in (1, 2, 4, 8, 16):
-                    results[label].setdefault(f"rows {count}", []).append(worker.ask("rows", count))
+                values |= {f"rows {count}": worker.ask("rows", count) for count in (1, 2, 4, 8, 16)}
             if label == "bf16":
-                results[label].setdefault("chain", []).append(worker.ask("chain", prompt))
-        tell(f"{shape}: round {round + 1} of {options.rounds}, read bandwidth {bandwidths[-1]:.1f} GB/s")
-    says = {label: worker.says for label, worker in workers.items()}
-    for worker in workers.values():
-        worker.close()
+                values["chain"] = worker.ask("chain", options.prompt)
+            for key, value in values.items():
+                results[label].setdefault(key, []).append(value)
+        tell(f"{shape}: round {i + 1} of {options.rounds}, read bandwidth {bandwidths[-1]:.1f} GB/s")
     table = {}
-    for label, values in results.items():
-        per_token = bytes_per_token(says[label]["weights"], args, prompt, tokens)
-        speeds = [1 / seconds for seconds in values["decode"]]
-        table[label] = {
-            "decode": spread(speeds), "prefill": spread([prompt / seconds for seconds in values["prefill"]]),
-            "time to first token": spread(values["prefill"]), "bytes per token": per_token,
-            "share": share(statistics.median(speeds), per_token, statistics.median(bandwidths)),
-            "anonymous GB": max(values["anonymous"]), "mapped GB": max(values["mapped"]), "compile": says[label].get("compile"),
-            "rows over one": {
-                n: statistics.median(values[f"rows {n}"]) / statistics.median(values["rows 1"]) for n in (2, 4, 8, 16)
-            } if "rows 1" in values else None,
-            "linear chain": spread([prompt / seconds for seconds in values["chain"]]) if "chain" in values else None,
-        }  # fmt: skip
+    for label, worker in workers.items():
+        worker.close()
+        table[label] = figures(results[label], worker.says, args, bandwidths, options)
     return {"shape": shape, "read bandwidth": spread(bandwidths), "programs": table}
 
 
-def ablation(args: ModelArgs, folder: Path, shape: str, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Decoding speed in bf16 and int4 with each mechanism switched off in turn, over that with all: medians of the rounds."""
-    ratios: dict[str, dict[str, float]] = {}
+def ablation(shape: str, args: ModelArgs, folder: Path, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Decoding speed in bf16 and int4 with each mechanism switched off in turn, over that with all: medians."""
+    changes = {"all": {}, "no compiling": {"compiled": False}}
+    changes |= {f"no {name}": {"without": name} for name in WITHOUT}
+    ratios: dict[str, dict[str, float]] = {name: {} for name in changes}
     for label in ("bf16", "int4 g32"):
-        path = str(random_checkpoint(args, folder / shape, OURS[label]))
+        path = str(random_checkpoint(args, folder, OURS[label]))
         base = {"path": path, "device": options.device, "compiled": True, "without": ""}
-        changes = {
-            "all": {},
-            "no compiling": {"compiled": False},
-            **{f"no {name}": {"without": name} for name in WITHOUT},
-        }
-        workers, speeds = {name: Worker("ours", **base | change) for name, change in changes.items()}, {}
-        for round in range(min(options.rounds, 3) + 1):
+        workers = {name: Worker("ours", **base | change) for name, change in changes.items()}
+        speeds: dict[str, list[float]] = {name: [] for name in changes}
+        for i in range(min(options.rounds, 3) + 1):
             for name, worker in workers.items():
                 seconds = worker.ask("answer", options.prompt, 8)["decode"]  # int4 by PyTorch takes seconds a token
-                if round:  # the first touches the weights
-                    speeds.setdefault(name, []).append(1 / seconds)
-        for worker in workers.values():
+                if i > 0:  # the first touches the weights
+                    speeds[name].append(1 / seconds)
+        for name, worker in workers.items():
             worker.close()
-        for name, values in speeds.items():
-            ratio = statistics.median(a / b for a, b in zip(values, speeds["all"], strict=True))
-            ratios.setdefault(name, {})[label] = ratio
-        tell(
-            f"{shape}: {label} without one mechanism each: {', '.join(f'{n} {v[label]:.2f}' for n, v in ratios.items())}"
-        )
+            ratios[name][label] = statistics.median(a / b for a, b in zip(speeds[name], speeds["all"], strict=True))
+        found = ", ".join(f"{name} {ratio[label]:.2f}" for name, ratio in ratios.items())
+        tell(f"{shape}: {label} without one mechanism each: {found}")
     return ratios
 
 
 # ---- What is written
 
 
+def of_rounds(values: dict[str, float]) -> str:
+    """A `spread` for the table."""
+    return f"{values['median']:.1f} ({values['low']:.1f} to {values['high']:.1f})"
+
+
 def markdown(results: list[dict]) -> str:
     """The table for the README."""
-    lines = [
-        "| shape | program | decode, tokens/s (range) | of memory speed | prefill, tokens/s | rows 2 / 4 / 8 / 16 over 1 |"
-    ]
-    lines.append("|---|---|---|---|---|---|")
+    titles = ["shape", "program", "decode, tokens/s (range)", "of memory speed", "prefill, tokens/s"]
+    titles.append("rows 2 / 4 / 8 / 16 over 1")
+    lines = [f"| {' | '.join(titles)} |", "|---|---|---|---|---|---|"]
     for result in results:
         for label, row in result["programs"].items():
-            decode, rows = row["decode"], row["rows over one"]
-            cells = [
-                result["shape"], label if " " in label and label not in OURS else f"**{label}**",
-                f"{decode['median']:.1f} ({decode['low']:.1f} to {decode['high']:.1f})", f"{row['share']:.2f}",
-                f"{row['prefill']['median']:.0f}", " / ".join(f"{value:.2f}" for value in rows.values()) if rows else "",
-            ]  # fmt: skip
+            name = f"**{label}**" if label in OURS else label
+            rows = row["rows over one"] or {}
+            cells = [result["shape"], name, of_rounds(row["decode"]), f"{row['share']:.2f}"]
+            cells += [f"{row['prefill']['median']:.0f}", " / ".join(f"{value:.2f}" for value in rows.values())]
             lines.append(f"| {' | '.join(cells)} |")
-        band = result["read bandwidth"]
-        lines.append(
-            f"| | read bandwidth, GB/s | {band['median']:.1f} ({band['low']:.1f} to {band['high']:.1f}) | | | |"
-        )
+        lines.append(f"| | read bandwidth, GB/s | {of_rounds(result['read bandwidth'])} | | | |")
     return "\n".join(lines)
 
 
@@ -561,44 +594,37 @@ def main() -> None:
         serve(sys.argv[2], json.loads(sys.argv[3]))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["68m", "160m", "1.1b", "7b"])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens of the answer")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument(
-        "--work", type=Path, default=Path(tempfile.gettempdir()) / "llama-benchmark", help="for model files"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("benchmark"), help="folder for results.json, table.md, shares.png"
-    )
-    parser.add_argument("--quick", action="store_true", help="the demo checkpoint alone, two rounds")
+    add = parser.add_argument
+    work = Path(tempfile.gettempdir()) / "llama-benchmark"
+    add("--shapes", nargs="+", choices=SHAPES, default=["68m", "160m", "1.1b", "7b"], help="of random models")
+    add("--rounds", type=terminal.number(1), default=5, help="in which each program is measured once (5)")
+    add("--prompt", type=terminal.number(1), default=128, help="tokens of the prompt (128)")
+    add("--tokens", type=terminal.number(2), default=64, help="tokens of the answer (64)")
+    add("--device", choices=DEVICES, default="cpu", help="what runs the models (cpu)")
+    add("--work", type=Path, default=work, help=f"folder for model files, which are kept ({work})")
+    add("--out", type=Path, default=Path("benchmark"), help="folder for results.json, table.md, shares.png (benchmark)")
+    add("--quick", action="store_true", help="the demo checkpoint alone, two rounds of 32 tokens")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.quick:
-        options.rounds, options.tokens, demo = 2, 32, options.work / "demo"
-        demo.mkdir(parents=True, exist_ok=True)
-        for file in DEMO.iterdir():
-            (demo / file.name).write_bytes(file.read_bytes())
-        command = [sys.executable, "-m", "scripts.convert_hf_checkpoint", "--checkpoint_dir", str(demo)]
-        subprocess.run(command, cwd=ROOT, check=True)
-        shapes = {"demo": read_checkpoint(demo / "model.pth").args}
+        options.rounds, options.tokens = 2, 32
+        demo = options.work / "demo"
+        shutil.copytree(DEMO, demo, dirs_exist_ok=True)
+        shapes = {"demo": read_checkpoint(convert(demo, "bfloat16")).args}
     else:
         shapes = {shape: shape_args(shape, 32000) for shape in options.shapes}
-    results, report = (
-        [],
-        {"machine": f"{cpu.cores()} cores, torch {torch.__version__}", "date": time.strftime("%Y-%m-%d")},
-    )
+    machine = f"{cpu.cores()} cores, torch {torch.__version__}"
+    results = []
+    report = {"machine": machine, "date": time.strftime("%Y-%m-%d"), "results": results}
     for shape, args in shapes.items():
-        results.append(measure(shape, args, options.work, options))
-        report |= {"results": results}
-        if shape == "1.1b" or options.quick:
-            path = options.work / "demo" / "model.pth" if options.quick else None
-            path = path or random_checkpoint(args, options.work / shape, OURS["int4 g32"])
+        folder = options.work / shape
+        results.append(measure(shape, args, folder, options))
+        if shape in ("demo", "1.1b"):
+            path = random_checkpoint(args, folder, OURS["bf16" if shape == "demo" else "int4 g32"])
             report["start-up"] = start_up(path, options.device)
             tell(f"start-up: {', '.join(f'{name} {value:.1f} s' for name, value in report['start-up'].items())}")
         if shape == "1.1b" and options.device == "cpu":
-            report["ablation"] = ablation(args, options.work, shape, options)
+            report["ablation"] = ablation(shape, args, folder, options)
         (options.out / "results.json").write_text(json.dumps(report, indent=1))
         (options.out / "table.md").write_text(markdown(results) + "\n")
     print(markdown(results))
@@ -609,4 +635,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    terminal.run(main)

@@ -1,22 +1,23 @@
 """Grow a checkpoint to a larger Llama shape with the same vocabulary, without changing what it computes.
 
-    python -m tests.grow --checkpoint_path checkpoints/demo/target/model.pth --shape 1.1b --out checkpoints/grown/target.pth
+    python -m benchmarks.grow --checkpoint_path checkpoints/demo/target/model.pth --shape 1.1b --out grown/target.pth
 
-So what depends on text (speculation, prefix caching, quantization) is measured at the cost of a real model on text with
-real statistics, with nothing to download. Added channels, heads and layers are zeros that are multiplied all the same.
+So what depends on text (speculation, prefix caching) is measured at the cost of a real model on text with real
+statistics, with nothing to download. Added channels, heads and layers are zeros that are multiplied all the same.
 """
 
 import argparse
 import math
 import sys
+import terminal
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from checkpoint import Checkpoint, empty_model, read_checkpoint, write_checkpoint
 from model import ModelArgs
-from quantize import Checkpoint, build_model, progress, read_checkpoint, run, write_checkpoint
 
 SHAPES = {  # n_layer, dim, n_head, n_kv_head, head_dim, ffn_dim, max_seq_length
     "68m": (2, 768, 12, 12, 64, 3072, 2048),
@@ -33,9 +34,9 @@ def shape_args(shape: str, vocab_size: int) -> ModelArgs:
 
 
 def head_places(old: ModelArgs, new: ModelArgs) -> tuple[list[int], list[int]]:
-    """For each new query head, and each new KV head, the old one that it is, or -1.
+    """For each new query head, and each new KV head, the old one that it is, or -1. ValueError where there are too few.
 
-    Query heads that shared a KV head share one again where the new groups are large enough; else the KV head is repeated.
+    Query heads that shared a KV head share one again where the new groups are large enough; else it is repeated.
     """
     group, new_group = old.n_head // old.n_kv_head, new.n_head // new.n_kv_head
     copies = math.ceil(group / new_group)
@@ -55,13 +56,13 @@ def channel_places(heads: list[int], old: ModelArgs, new: ModelArgs) -> tuple[Te
 
     RoPE turns channel i of a half by theta^(-2 i / head_dim): with head_dim m times as large, that is channel m i.
     """
-    multiple, half = new.head_dim // old.head_dim, torch.arange(old.head_dim // 2)
-    inside_new = torch.cat([half * multiple, half * multiple + new.head_dim // 2])
+    half = torch.arange(old.head_dim // 2) * (new.head_dim // old.head_dim)
+    inside_new = torch.cat([half, half + new.head_dim // 2])
     inside_old = torch.arange(old.head_dim)
-    pairs = [
-        (inside_new + i * new.head_dim, inside_old + head * old.head_dim) for i, head in enumerate(heads) if head >= 0
-    ]
-    return torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
+    taken = [(i, head) for i, head in enumerate(heads) if head >= 0]
+    indices_new = [inside_new + i * new.head_dim for i, _ in taken]
+    indices_old = [inside_old + head * old.head_dim for _, head in taken]
+    return torch.cat(indices_new), torch.cat(indices_old)
 
 
 def grow(checkpoint: Checkpoint, shape: ModelArgs, path: Path, dtype: torch.dtype) -> None:
@@ -69,59 +70,57 @@ def grow(checkpoint: Checkpoint, shape: ModelArgs, path: Path, dtype: torch.dtyp
 
     RMSNorm divides by the root of the mean over more channels: its weight and eps take that back.
     """
-    old, source = checkpoint.args, checkpoint.model
-    for name in ("dim", "n_layer", "ffn_dim", "head_dim", "vocab_size"):
+    old = checkpoint.args
+    for name in ("dim", "n_layer", "ffn_dim", "head_dim"):
         if getattr(shape, name) < getattr(old, name):
             raise ValueError(f"{name} {getattr(shape, name)} is less than the checkpoint's {getattr(old, name)}")
     if shape.head_dim % old.head_dim or shape.vocab_size != old.vocab_size or checkpoint.header["quantization"]:
         raise ValueError("head_dim must be a multiple, the vocabulary the same, and the checkpoint not quantized")
-    new = replace(
-        shape, norm_eps=old.norm_eps * old.dim / shape.dim, rope_theta=old.rope_theta, rope_scale=old.rope_scale
-    )
+    norm_eps = old.norm_eps * old.dim / shape.dim
+    new = replace(shape, norm_eps=norm_eps, rope_theta=old.rope_theta, rope_scale=old.rope_scale)
     q, kv = head_places(old, new)
-    (q_new, q_old), (kv_new, kv_old) = channel_places(q, old, new), channel_places(kv, old, new)
-    norm, sharpness = math.sqrt(old.dim / new.dim), math.sqrt(new.head_dim / old.head_dim)
+    q_new, q_old = channel_places(q, old, new)
+    kv_new, kv_old = channel_places(kv, old, new)
+    norm = math.sqrt(old.dim / new.dim)
+    sharpness = math.sqrt(new.head_dim / old.head_dim)  # attention divides by the root of head_dim
+    projections = [(q_new, q_old, sharpness), (kv_new, kv_old, 1.0), (kv_new, kv_old, 1.0)]
+
+    def channels(args: ModelArgs) -> list[int]:
+        return [heads * args.head_dim for heads in (args.n_head, args.n_kv_head, args.n_kv_head)]
 
     def fill(mapped: dict[str, Tensor]) -> None:
-        for name, tensor in progress(list(mapped.items()), "growing"):
+        for name, tensor in terminal.progress(mapped.items(), "growing"):
             tensor.zero_()
-            weight = source.get(name)
+            weight = checkpoint.model.get(name)
             if weight is None:
                 if "norm" in name:
                     tensor.fill_(1)
             elif "norm" in name:
                 tensor[: old.dim] = weight.float() * norm
             elif name.endswith("wqkv.weight"):
-                parts = weight.float().split([n * old.head_dim for n in (old.n_head, old.n_kv_head, old.n_kv_head)])
-                places = tensor.split([n * new.head_dim for n in (new.n_head, new.n_kv_head, new.n_kv_head)])
-                for place, part, i, j, factor in zip(
-                    places, parts, (q_new, kv_new, kv_new), (q_old, kv_old, kv_old), (sharpness, 1, 1), strict=True
-                ):
+                places, parts = tensor.split(channels(new)), weight.float().split(channels(old))
+                for place, part, (i, j, factor) in zip(places, parts, projections, strict=True):
                     place[i, : old.dim] = (part[j] * factor).to(dtype)
             elif name.endswith("wo.weight"):
-                wide = torch.zeros(old.dim, tensor.shape[1], dtype=dtype)
-                wide[:, q_new] = weight[:, q_old].to(dtype)
-                tensor[: old.dim] = wide
+                tensor[: old.dim, q_new] = weight[:, q_old].to(dtype)
             elif name.endswith("w13.weight"):
                 for place, part in zip(tensor.chunk(2), weight.chunk(2), strict=True):
                     place[: old.ffn_dim, : old.dim] = part
             else:
                 tensor[: len(weight), : weight.shape[1]] = weight
 
-    shapes = build_model(new, None, dtype).state_dict()
     header = {"config": asdict(new), "quantization": None, "chat": checkpoint.header["chat"]}
-    header["tokenizer"] = checkpoint.tokenizer.serialized_model_proto()
-    write_checkpoint(path, header, {name: torch.empty_like(t, device="cpu") for name, t in shapes.items()}, fill)
+    header["tokenizer"] = checkpoint.tokenizer.proto
+    write_checkpoint(path, header, empty_model(new, None, dtype).to_empty(device="cpu").state_dict(), fill)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Grow a checkpoint to a larger shape without changing what it computes."
-    )
-    parser.add_argument("--checkpoint_path", type=Path, required=True)
-    parser.add_argument("--shape", choices=SHAPES, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--precision", choices=["bfloat16", "float32"], default="bfloat16")
+    parser = argparse.ArgumentParser(description="Grow a checkpoint without changing what it computes.")
+    add = parser.add_argument
+    add("--checkpoint_path", type=Path, required=True, help="model.pth, as scripts/prepare.sh made it")
+    add("--shape", choices=SHAPES, required=True, help="that of the Llama with so many parameters")
+    add("--out", type=Path, required=True, help="the file to write")
+    add("--precision", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights (bfloat16)")
     args = parser.parse_args()
     checkpoint = read_checkpoint(args.checkpoint_path)
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -130,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    terminal.run(main)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Download a Hugging Face repository (or take a local directory in its layout) and convert it to model.pth in its folder.
 #   ./scripts/prepare.sh REPO_OR_DIRECTORY [--precision float32]
-# The download resumes where it was interrupted, and takes the weights in one format.
+# Files that are whole are not downloaded again, and weights are downloaded in one format.
 set -euo pipefail
 unset CDPATH PYTHONSAFEPATH
 if [ $# -eq 0 ] || [ "$1" = --help ] || [ "$1" = -h ]; then
@@ -10,34 +10,51 @@ if [ $# -eq 0 ] || [ "$1" = --help ] || [ "$1" = -h ]; then
     exit 0
 fi
 
-# Fetch the files of repository $1 whose names match the patterns behind it.
-fetch() {
-    local options=() pattern
-    for pattern in "${@:2}"; do options+=(--include "$pattern"); done
-    NO_COLOR=1 HF_HUB_DISABLE_UPDATE_CHECK=1 HF_HUB_DISABLE_PROGRESS_BARS=0 \
-        python -m huggingface_hub.cli.hf download "$1" --quiet --local-dir "checkpoints/$1" "${options[@]}" > /dev/null
+# `hf download` of repository $1 to its folder, with further options; a failure that it has no words for is one line too.
+hf_download() {
+    NO_COLOR=1 HF_HUB_DISABLE_UPDATE_CHECK=1 python -c '
+import sys
+try:
+    from huggingface_hub.cli.hf import main
+    main()
+except Exception as error:
+    sys.exit(f"Error: {error!r}")' download --quiet --local-dir "checkpoints/$1" "${@:2}" -- "$1"
 }
 
-# Say why repository $1 was not downloaded, and what to do, in one line.
+# Say why repository $1 was not downloaded, which is the error in $2, and what to do, in one line.
 give_up() {
-    echo "$1 was not downloaded (${2#Error: }): check the name (of a repository, or of a directory that exists) and the" \
-        "network, then again: it resumes; a gated repository wants its licence accepted on its page and \`hf auth login\`" >&2
+    local cause
+    cause=$(grep -m 1 '^Error: ' <<< "$2") || cause=${2##*$'\n'}
+    echo "$1 was not downloaded (${cause#Error: }): check the name (of a repository, or of a directory that exists) and the" \
+        "network, then again: whole files are kept; a gated repository wants its licence accepted on its page and" \
+        "\`hf auth login\`" >&2
     exit 1
 }
 
-# Small files first: they say whether the repository can be had and converted.
+# Say that repository $1 has no $2, without which it cannot be converted.
+refuse() {
+    echo "$1 has no $2: only Llama models with a sentencepiece tokenizer will do" >&2
+    exit 1
+}
+
+# Small files first: they say whether the repository can be had and converted. The weights in the first format it has.
 download() {
-    local said name folder=checkpoints/$1
-    said=$(fetch "$1" config.json tokenizer.model tokenizer_config.json chat_template.jinja '*.index.json' 2>&1) ||
-        give_up "$1" "$(tail -n 1 <<< "$said")"
+    local said name
+    local small=(config.json tokenizer.model tokenizer_config.json chat_template.jinja
+        model.safetensors.index.json pytorch_model.bin.index.json)
+    said=$(hf_download "$1" "${small[@]/#/--include=}" 2>&1) || give_up "$1" "$said"
     for name in config.json tokenizer.model; do
-        [ -f "$folder/$name" ] || give_up "$1" "it has no $name: only Llama models with a sentencepiece tokenizer will do"
+        [ -f "checkpoints/$1/$name" ] || refuse "$1" "$name"
     done
     for name in 'model[.-]*safetensors' 'pytorch_model[.-]*bin'; do
-        fetch "$1" "$name" || give_up "$1" "see the line above"
-        if compgen -G "$folder/$name" > /dev/null; then return; fi
+        said=$(hf_download "$1" --dry-run --include "$name" 2>&1) || give_up "$1" "$said"
+        if [[ $'\n'$said == *$'\n'$name* ]]; then  # it lists them
+            HF_HUB_DISABLE_PROGRESS_BARS=0 hf_download "$1" --include "$name" > /dev/null ||
+                give_up "$1" "see the line above"
+            return
+        fi
     done
-    give_up "$1" "it has no weights in safetensors or .bin"
+    refuse "$1" "weights in safetensors or .bin"
 }
 
 here=$(cd "$(dirname "$0")/.." && pwd)

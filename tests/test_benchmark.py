@@ -1,18 +1,20 @@
-"""The benchmark's arithmetic, against cases computed by hand, and that it runs with nothing else installed."""
+"""The benchmark's arithmetic, against cases computed by hand, its switches, and that it runs with no peer installed."""
 
 import json
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_cli
 
-from quantize import build_model
-from tests.benchmark import bytes_per_token, figure, kv_bytes, markdown, share, spread, weight_bytes
-from tests.grow import shape_args
+import kernels
+from benchmarks import benchmark
+from benchmarks.benchmark import bytes_per_token, figure, kv_bytes, markdown, share, spread, switch_off, weight_bytes
+from benchmarks.grow import shape_args
+from checkpoint import empty_model, read_checkpoint
+from kernels import cpu
 
-ROOT = Path(__file__).parents[1]
 ARGS = shape_args("1.1b", 32000)
 LAYER = 2048 * (2048 + 2 * 256) + 2048 * 2048 + 3 * 2048 * 5632  # weights of the products of a layer
 NORMS = (2 * 22 + 1) * 2048
@@ -28,7 +30,7 @@ NORMS = (2 * 22 + 1) * 2048
 )
 def test_bytes_of_the_weights_that_a_token_reads(quantization: dict | None, expected: int) -> None:
     """All but the embedding table; int4 is 4 bits, and 32 for each group of 32; its output layer is int8."""
-    assert weight_bytes(build_model(ARGS, quantization, torch.bfloat16)) == expected
+    assert weight_bytes(empty_model(ARGS, quantization, torch.bfloat16)) == expected
 
 
 def test_bytes_of_the_cache() -> None:
@@ -48,22 +50,21 @@ def test_median_and_spread() -> None:
 
 
 ROW = {
-    "decode": spread([20.0, 21.0, 19.0]), "prefill": spread([200.0]), "time to first token": spread([0.6]), "share": 0.914,
+    "decode": spread([20.0, 21.0, 19.0]),
+    "prefill": spread([200.0]),
+    "time to first token": spread([0.6]),
+    "share": 0.914,
     "rows over one": {2: 1.0, 4: 1.1, 8: 1.25, 16: 2.0},
-}  # fmt: skip
-RESULTS = [
-    {
-        "shape": "1.1b",
-        "read bandwidth": spread([40.0]),
-        "programs": {"bf16": ROW, "llama.cpp F16": ROW | {"rows over one": None}},
-    }
-]
+}
+PROGRAMS = {"bf16": ROW, "llama.cpp F16": ROW | {"rows over one": None}}
+RESULTS = [{"shape": "1.1b", "read bandwidth": spread([40.0]), "programs": PROGRAMS}]
 
 
 def test_the_table_has_a_line_for_each_program() -> None:
     lines = markdown(RESULTS).splitlines()
     assert lines[2] == "| 1.1b | **bf16** | 20.0 (19.0 to 21.0) | 0.91 | 200 | 1.00 / 1.10 / 1.25 / 2.00 |"
     assert lines[3].startswith("| 1.1b | llama.cpp F16 | 20.0")
+    assert lines[4] == "| | read bandwidth, GB/s | 40.0 (40.0 to 40.0) | | | |"
     assert len(lines) == 5
     assert {line.count("|") for line in lines} == {7}
 
@@ -74,24 +75,70 @@ def test_the_figure_is_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "shares.png").stat().st_size > 10_000
 
 
+def product() -> torch.Tensor:
+    layer = kernels.Linear(64, 32).bfloat16()
+    layer.load_state_dict({"weight": torch.ones(32, 64)})
+    return layer(torch.ones(1, 1, 64, dtype=torch.bfloat16))
+
+
+def attention() -> torch.Tensor:
+    """Of one row with one head of 32 channels: its value, for it sees itself alone."""
+    cache = torch.zeros(2, 1, 1, 4, 32, dtype=torch.bfloat16)
+    return kernels.attention(torch.ones(1, 1, 96, dtype=torch.bfloat16), torch.ones(1, 32), torch.tensor([0]), cache)
+
+
+@pytest.mark.parametrize(
+    "mechanism, kernel, compute", [("products", "multiply_few", product), ("attention", "attend", attention)]
+)
+def test_a_mechanism_is_there_until_it_is_switched_off(mechanism, kernel, compute, monkeypatch) -> None:
+    """Products and attention give the same without their kernels, and without them they are not called."""
+    if cpu.library() is None:
+        pytest.skip("no C++ compiler")
+    called = []
+    for name in ("takes_product", "takes_attention", kernel):
+        monkeypatch.setattr(cpu, name, getattr(cpu, name))  # and put back
+    with_kernel = compute()
+    own = getattr(cpu, kernel)
+    setattr(cpu, kernel, lambda *args: called.append(kernel) or own(*args))
+    compute()
+    assert called == [kernel]
+    switch_off(mechanism)
+    assert torch.equal(compute(), with_kernel)
+    assert called == [kernel]
+
+
+def test_prefetching_is_switched_off_in_what_is_compiled(monkeypatch) -> None:
+    compiled = []
+    before = cpu.SOURCE.read_text()
+    monkeypatch.setattr(cpu, "SOURCE", cpu.SOURCE)
+    monkeypatch.setattr(cpu, "library", lambda: compiled.append(cpu.SOURCE.read_text()))
+    switch_off("prefetch")
+    changed = [line for line in compiled[0].splitlines() if line not in before.splitlines()]
+    assert len(changed) == 1
+    assert "AHEAD = 0;" in changed[0]
+
+
+def test_a_checkpoint_of_random_weights_is_made_once(tmp_path: Path) -> None:
+    args = shape_args("68m", 2048)
+    for scheme in (None, {"mode": "int4", "groupsize": 32}):
+        path = benchmark.random_checkpoint(args, tmp_path, scheme)
+        made = read_checkpoint(path)
+        assert (made.args, made.header["quantization"]) == (args, scheme)
+        assert made.model["norm.weight"].eq(1).all()
+        assert 0.01 < made.model["tok_embeddings.weight"].float().std() < 0.03
+        assert benchmark.random_checkpoint(args, tmp_path, scheme) == path
+        assert read_checkpoint(path).header["id"] == made.header["id"]
+
+
 @pytest.mark.slow
 def test_it_runs_in_under_two_minutes_with_no_peer(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "tests.benchmark",
-        "--quick",
-        "--out",
-        tmp_path / "out",
-        "--work",
-        tmp_path / "work",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "out" / "results.json").read_text())
+    out, start = tmp_path / "out", time.perf_counter()
+    done = run_cli("-m", "benchmarks.benchmark", "--quick", "--out", out, "--work", tmp_path / "work")
+    assert time.perf_counter() - start < 120
+    report = json.loads((out / "results.json").read_text())
     row = report["results"][0]["programs"]["bf16"]
     assert 0 < row["decode"]["low"] <= row["decode"]["median"]
     assert set(row["rows over one"]) == {"2", "4", "8", "16"}
     assert report["start-up"].keys() == {"not compiled", "compiled, cold", "compiled, warm"}
-    assert done.stdout.strip() == (tmp_path / "out" / "table.md").read_text().strip()
+    assert done.stdout.strip() == (out / "table.md").read_text().strip()
     assert "Traceback" not in done.stderr

@@ -7,26 +7,21 @@ import os
 import re
 import subprocess
 import sys
+import terminal
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
-from conftest import DEMO, generated, make_sampling, new_engine, plain
+from conftest import ROOT, TOKENIZER, generated, make_sampling, new_engine, run_cli
 
-from generate import TextStream, generate, gumbel_noise, hash32, sample
-from quantize import load_model, read_checkpoint
+from checkpoint import load_model, read_checkpoint
+from generate import Session, build_parser
+from kernels.sampling import gumbel_noise, hash32, sample
 from scripts.convert_hf_checkpoint import convert
+from tokenizer import TextStream
 
-ROOT = Path(__file__).parents[1]
 GOLDEN_PROMPT = "The following example"
-TOKENIZER = sentencepiece.SentencePieceProcessor(model_file=str(DEMO / "target" / "tokenizer.model"))
-PROMPT = [TOKENIZER.bos_id(), *TOKENIZER.encode(GOLDEN_PROMPT)]
-
-
-def run_cli(*flags: str, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "generate.py", *map(str, flags)]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=True)
+PROMPT = [TOKENIZER.bos_id, *TOKENIZER.encode(GOLDEN_PROMPT)]
 
 
 def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
@@ -107,6 +102,7 @@ def test_compiled_equals_eager(target, compiled, temperature: float, top_k: int 
     assert generated(compiled, PROMPT, 60, sampling) == eager
 
 
+@pytest.mark.slow
 def test_models_of_different_eps_compile_in_one_process(random_llama) -> None:
     """As a target and its draft do."""
     torch.compiler.reset()
@@ -121,6 +117,7 @@ def test_models_of_different_eps_compile_in_one_process(random_llama) -> None:
         )
 
 
+@pytest.mark.slow
 def test_no_recompilation_after_the_warm_up_whatever_the_prompt_and_the_filling(target) -> None:
     """Engine.compile leaves nothing to compile: neither a prompt's length nor the first decoded token does."""
     from torch._dynamo.utils import counters  # noqa: PLC0415
@@ -134,6 +131,7 @@ def test_no_recompilation_after_the_warm_up_whatever_the_prompt_and_the_filling(
     assert counters["stats"]["unique_graphs"] == before > 0
 
 
+@pytest.mark.slow
 def test_a_second_process_with_another_prompt_length_compiles_nothing(demo, tmp_path: Path) -> None:
     code = (
         "import sys, json, generate; generate.main();"
@@ -141,18 +139,9 @@ def test_a_second_process_with_another_prompt_length_compiles_nothing(demo, tmp_
     )
 
     def counters(prompt: str) -> dict:
-        flags = [
-            "--compile",
-            "--compile_prefill",
-            "--checkpoint_path",
-            demo["draft"],
-            "--prompt",
-            prompt,
-            "--max_new_tokens",
-            "2",
-        ]
+        flags = ["--compile", "--compile_prefill", "--checkpoint_path", demo["draft"], "--prompt", prompt]
         environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-        command = [sys.executable, "-c", code, *map(str, flags)]
+        command = [sys.executable, "-c", code, *map(str, flags), "--max_new_tokens", "2"]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
         return json.loads(done.stderr.splitlines()[-1])
 
@@ -168,15 +157,19 @@ def test_same_seed_same_text_other_seed_other_text(target) -> None:
 
 
 def test_what_the_cache_holds_does_not_run_again(target) -> None:
-    """The text is the same wherever a prompt parts from what ran before it, and only the rest passes through the model."""
+    """The text is the same wherever a prompt parts from what ran before it, and only the rest passes through."""
     engine, sampling, rows, prompt = new_engine(target), make_sampling(3, 0.8), [], PROMPT * 5
     expected = generated(engine, prompt, 20, sampling)
     target.tok_embeddings.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0].shape[1]))
     try:
         for before, kept in (
-            (prompt, len(prompt) - 1), (prompt + [5] * 9, len(prompt) - 1), (prompt[:17], 17), (prompt[:9] + [5] * 9, 9),
-            ([5] * 9, 0), ([1], 1),
-        ):  # fmt: skip
+            (prompt, len(prompt) - 1),
+            (prompt + [5] * 9, len(prompt) - 1),
+            (prompt[:17], 17),
+            (prompt[:9] + [5] * 9, 9),
+            ([5] * 9, 0),
+            ([1], 1),
+        ):
             generated(engine, before, 1, sampling)
             rows.clear()
             assert generated(engine, prompt, 20, sampling) == expected
@@ -185,33 +178,76 @@ def test_what_the_cache_holds_does_not_run_again(target) -> None:
         target.tok_embeddings._forward_hooks.clear()
 
 
-def reason(engine, prompt: list[int], *rest) -> tuple[list[int], str]:
-    """What `generate` yields by plain decoding, and why it stops."""
-    engine.rewind(prompt)
-    iterator, ids = generate(engine, prompt, *rest, plain()), []
-    while True:
-        try:
-            ids.append(next(iterator))
-        except StopIteration as stop:
-            return ids, stop.value
-
-
-def test_it_says_why_it_stopped(target) -> None:
+def test_the_end_token_ends_the_text_and_is_not_yielded(target) -> None:
     engine, greedy = new_engine(target), make_sampling()
-    ids, why = reason(engine, PROMPT, 30, None, greedy)
-    assert (len(ids), why) == (30, "max_new_tokens 30")
-    cut, why = reason(engine, PROMPT, 30, ids[12], greedy)
-    assert (cut, why) == (ids[: ids.index(ids[12])], "end of sequence")
-    assert reason(engine, PROMPT, 1, None, greedy)[0] == ids[:1]
+    ids = generated(engine, PROMPT, 30, greedy)
+    assert len(ids) == 30
+    assert generated(engine, PROMPT, 30, greedy, eos_id=ids[12]) == ids[: ids.index(ids[12])]
+    assert generated(engine, PROMPT, 1, greedy) == ids[:1]
 
 
 def test_the_context_is_used_to_its_last_position(target) -> None:
     """A prompt of 1,020 in a context of 1,024 has room for 4 more tokens, and the one that follows them."""
     long = (PROMPT * 400)[:1020]
-    ids, why = reason(new_engine(target), long, 100, None, make_sampling())
+    ids = generated(new_engine(target), long, 100, make_sampling())
     assert len(ids) == 5
-    assert why == "context of 1024 tokens is full"
-    assert reason(new_engine(target), long + ids[:4], 100, None, make_sampling())[0] == ids[4:]
+    assert generated(new_engine(target), long + ids[:4], 100, make_sampling()) == ids[4:]
+
+
+def test_the_statistics_say_why_the_text_ended(demo) -> None:
+    flags = ["--checkpoint_path", str(demo["target"]), "--precision", "float32", "--temperature", "0"]
+    session = Session(build_parser().parse_args([*flags, "--max_new_tokens", "30"]))
+    ids = session.answer(PROMPT)
+    assert "Stopped: max_new_tokens 30" in session.statistics()
+    session.tokenizer.eos_id = ids[12]
+    session.answer(PROMPT)
+    assert "Stopped: end of sequence" in session.statistics()
+    session.answer((PROMPT * 400)[:1020])
+    assert "Stopped: context of 1024 tokens is full" in session.statistics()
+
+
+def test_logits_that_are_not_finite_end_in_an_error(target) -> None:
+    """NaN or infinity at any place of a row, at any temperature; minus infinity is what top_k leaves."""
+    logits = torch.zeros(4, 50)
+    logits[0, 7] = torch.nan
+    logits[1, 49] = torch.inf
+    logits[2, :] = -torch.inf
+    for temperature in (0.0, 0.8, 1e30):
+        ids = sample(logits, torch.arange(4), make_sampling(1, temperature))
+        assert ids[:3].tolist() == [-1, -1, -1]
+        assert ids[3] >= 0
+    engine = new_engine(target)
+    engine.cache.fill_(torch.nan)
+    engine.ids = PROMPT[:2]
+    with pytest.raises(ValueError, match="not finite.*--precision"):
+        engine.run(PROMPT[2:], make_sampling())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8, 5.0])
+def test_top_k_keeps_exactly_k_and_of_equal_logits_the_lower_ids(temperature: float) -> None:
+    """As in bfloat16, where ties are common; k = 1 is greedy at any temperature."""
+    logits = torch.randint(0, 6, (300, 40), generator=torch.Generator().manual_seed(0)).float()
+    order = logits.argsort(dim=-1, descending=True, stable=True)
+    for k in (1, 2, 7, 40, 1000):
+        seen = torch.zeros_like(logits, dtype=torch.bool)
+        for seed in range(60):
+            ids = sample(logits, torch.arange(300), make_sampling(seed, temperature, k))
+            seen[torch.arange(300), ids] = True
+        kept = torch.zeros_like(seen).scatter_(1, order[:, :k], True)
+        assert not (seen & ~kept).any()
+        if k == 1:
+            assert torch.equal(ids, logits.argmax(-1))
+        elif temperature == 5.0 and k == 7:
+            assert (seen == kept).float().mean() > 0.99  # at this heat each of the seven is drawn in 60 tries
+
+
+def test_ids_without_a_text_are_never_sampled() -> None:
+    """Embeddings padded beyond the tokenizer's pieces."""
+    logits = torch.zeros(50, 64)
+    logits[:, 60:] = 100.0
+    sampling = make_sampling(3, 0.8)
+    sampling.vocab_size = 60
+    assert sample(logits, torch.arange(50), sampling).max() < 60
 
 
 GOLDEN = json.loads((Path(__file__).parent / "demo" / "golden.json").read_text())
@@ -223,76 +259,96 @@ def test_golden_text_of_the_demo(target, compiled) -> None:
         ids = generated(engine, PROMPT, len(GOLDEN["ids"]), make_sampling())
         assert ids == GOLDEN["ids"]
     stream = TextStream(TOKENIZER)
-    assert "".join(map(stream.push, ids)) + stream.push(None) == GOLDEN["text"]
+    assert "".join(map(stream.push, ids)) + stream.finish() == GOLDEN["text"]
+
+
+PIECES = TOKENIZER.pieces
+BYTES = {PIECES.id_to_piece(i): i for i in range(TOKENIZER.size) if PIECES.is_byte(i)}
 
 
 def test_streamed_text_equals_the_decoded_ids() -> None:
     """Emoji, CJK, control and unknown tokens, and any bytes, half characters among them."""
     head = TOKENIZER.encode("The")
     texts = ["naïve café 東京都 👩‍👩‍👧 🇫🇷 end", "tabs\tand\nlines\n\n  indented", "x = {'a': [1, 2]}", "\u2047 \u2581"]
-    bytes_ = [i for i in range(TOKENIZER.vocab_size()) if TOKENIZER.is_byte(i)]
-    random = torch.randint(0, TOKENIZER.vocab_size(), (50, 30), generator=torch.Generator().manual_seed(0)).tolist()
-    torn = [
-        [bytes_[byte] for byte in raw] for raw in (b"\xf0\x9f", b"\xe2\x82\xac\xe2\x82", b"\xff\xfea", b"\x80\xc3\xa9")
-    ]
+    random = torch.randint(0, TOKENIZER.size, (50, 30), generator=torch.Generator().manual_seed(0)).tolist()
+    raws = [b"\xf0\x9f", b"\xe2\x82\xac\xe2\x82", b"\xff\xfea", b"\x80\xc3\xa9", b"\x80" * 64]
+    torn = [[BYTES[f"<0x{byte:02X}>"] for byte in raw] for raw in raws]
     for ids in [*map(TOKENIZER.encode, texts), *random, *torn, *(t + TOKENIZER.encode("b") for t in torn)]:
         stream = TextStream(TOKENIZER)
-        text = "".join(map(stream.push, ids)) + stream.push(None)
-        assert text == TOKENIZER.decode(head + ids).removeprefix(TOKENIZER.decode(head))
+        text = "".join(map(stream.push, ids)) + stream.finish()
+        assert text == PIECES.decode(head + ids).removeprefix(PIECES.decode(head))
 
 
-def test_half_a_character_waits_and_a_whole_one_does_not() -> None:
+def test_half_a_character_waits_and_what_can_be_none_does_not() -> None:
     stream = TextStream(TOKENIZER)
-    bytes_ = {TOKENIZER.id_to_piece(i): i for i in range(TOKENIZER.vocab_size()) if TOKENIZER.is_byte(i)}
-    pieces = [stream.push(bytes_[f"<0x{byte:02X}>"]) for byte in "é👍\n".encode()]
-    assert pieces == ["", "é", "", "", "", "👍", "\n"]
+    pieces = [stream.push(BYTES[f"<0x{byte:02X}>"]) for byte in "é👍\n".encode() + b"\x80\x80"]
+    assert pieces == ["", "é", "", "", "", "👍", "\n", "\ufffd", "\ufffd"]
 
 
 STATISTICS = {
-    "Load time": r"[\d.]+ s", "Prompt tokens": r"\d+ \(cached \d+ of \d+\)", "Time to first token": r"[\d.]+ s",
-    "Prefill": r"[\d.]+ tokens/s", "Decode": r"[\d.]+ tokens/s \(\d+ tokens in [\d.]+ s\)", "Weights read": r"[\d.]+ GB/s",
-    "Stopped": r"max_new_tokens 12", "Peak memory": r"[\d.]+ GB \(RSS\)",
-    "Guesses": r"\d+ tried, \d+ accepted \([\d.]+\)", "Tokens per pass": r"[\d.]+ in \d+ passes",
-    "Accepted lengths": r"none|\d+: \d+(, \d+: \d+)*",
-}  # fmt: skip
+    "Load time": r"[\d.]+ s",
+    "Prompt tokens": r"\d+ \(cached \d+ of \d+\)",
+    "Time to first token": r"[\d.]+ s",
+    "Prefill": r"[\d.]+ tokens/s",
+    "Decode": r"[\d.]+ tokens/s \(\d+ tokens in [\d.]+ s\)",
+    "Weights read": r"[\d.]+ GB/s",
+    "Stopped": r"max_new_tokens 12",
+    "Peak memory": r"[\d.]+ GB \(RSS\)",
+}
+GUESSES = r"\d+ tried, \d+ accepted, \d+ tokens in \d+ passes"
 
 
-def test_stdout_has_the_text_and_stderr_the_statistics(demo, tmp_path: Path) -> None:
-    trace = tmp_path / "trace.json"
-    flags = ["--checkpoint_path", demo["target"], "--max_new_tokens", "12", "--ignore_eos", "--temperature", "0"]
-    done = run_cli(*flags, "--prompt", GOLDEN_PROMPT, "--precision", "float32", "--profile", trace)
+@pytest.mark.parametrize("more", [{}, {"Guesses": GUESSES}], ids=["plain", "speculative"])
+def test_stdout_has_the_text_and_stderr_the_statistics(demo, more: dict[str, str]) -> None:
+    flags = ["--checkpoint_path", demo["target"], "--max_new_tokens", 12, "--ignore_eos", "--temperature", 0]
+    if more:
+        flags.append("--prompt_lookup")
+    done = run_cli("generate.py", *flags, "--prompt", GOLDEN_PROMPT, "--precision", "float32")
     assert GOLDEN["text"].startswith(done.stdout)
     assert done.stdout
     lines = dict(line.split(": ", 1) for line in done.stderr.splitlines())
-    assert lines.keys() == STATISTICS.keys()
-    assert all(re.fullmatch(pattern, lines[name]) for name, pattern in STATISTICS.items())
-    assert json.loads(trace.read_text())["traceEvents"]
+    patterns = STATISTICS | more
+    assert lines.keys() == patterns.keys()
+    assert all(re.fullmatch(pattern, lines[name]) for name, pattern in patterns.items())
 
 
 def test_sample_i_is_the_answer_of_seed_plus_i(demo) -> None:
     flags = ["--checkpoint_path", demo["target"], "--max_new_tokens", "20", "--precision", "float32"]
-    both = run_cli(*flags, "--seed", "5", "--num_samples", "2")
-    alone = [run_cli(*flags, "--seed", seed).stdout for seed in (5, 6)]
+    both = run_cli("generate.py", *flags, "--seed", "5", "--num_samples", "2")
+    alone = [run_cli("generate.py", *flags, "--seed", seed).stdout for seed in (5, 6)]
     assert both.stdout == "\n".join(alone)
     assert re.findall(r"cached (\d+ of \d+)", both.stderr) == ["0 of 9", "8 of 9"]
 
 
-def test_a_prompt_on_standard_input_is_the_same_prompt(demo) -> None:
-    flags = ["--checkpoint_path", demo["target"], "--max_new_tokens", "5", "--prompt"]
-    command = [sys.executable, "generate.py", *map(str, flags), "-"]
-    piped = subprocess.run(command, cwd=ROOT, input="Zürich 東京\n", capture_output=True, text=True, check=True)
-    assert piped.stdout == run_cli(*flags, "Zürich 東京").stdout
+def test_a_prompt_from_a_file_or_standard_input_is_the_same_prompt(demo, tmp_path: Path, monkeypatch) -> None:
+    """Also with line ends of Windows and with a byte order mark; --prompt may be repeated."""
+    text = "Zürich\n東京"
+    raws = [text.encode() + b"\n", b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode() + b"\r\n"]
+    for raw in raws:
+        (tmp_path / "prompt.txt").write_bytes(raw)
+        with open(tmp_path / "prompt.txt") as file:
+            monkeypatch.setattr(sys, "stdin", file)
+            assert terminal.read_text("-", "--prompt") == text
+        assert terminal.read_text(f"@{tmp_path / 'prompt.txt'}", "--prompt") == text
+    flags = ["--checkpoint_path", demo["target"], "--max_new_tokens", 5, "--ignore_eos"]
+    both = run_cli("generate.py", *flags, "--prompt", text, "--prompt", f"@{tmp_path / 'prompt.txt'}")
+    first, second = both.stdout[: len(both.stdout) // 2], both.stdout[len(both.stdout) // 2 + 1 :]
+    assert first == second != ""
 
 
+@pytest.mark.slow
 def test_normal_use_prints_no_warning(demo, tmp_path: Path) -> None:
     """Every line on stderr is a statistic, also where numpy is missing and everything is compiled anew."""
     (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError('none here', name='numpy')")
     environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
-    done = run_cli("--checkpoint_path", demo["draft"], "--compile", "--max_new_tokens", "3", **environment)
+    done = run_cli(
+        "generate.py", "--checkpoint_path", demo["draft"], "--compile", "--max_new_tokens", "3", **environment
+    )
     names = {line.split(": ")[0] for line in done.stderr.splitlines()}
     assert names == STATISTICS.keys() | {"Compile time"}
 
 
+@pytest.mark.slow
 def test_compile_time_does_not_grow_with_the_number_of_layers(random_llama) -> None:
     """The compiled step calls one compiled block: as many graphs' worth of code for 2 layers as for 6."""
     from torch._inductor.utils import run_and_get_code  # noqa: PLC0415

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO, assert_close, generated, make_sampling, new_engine
+from conftest import assert_close, generated, make_sampling, new_engine, run_cli
 
+from benchmarks.grow import grow, shape_args
+from checkpoint import load_model, read_checkpoint
 from model import Transformer
-from quantize import load_model, read_checkpoint
-from tests.grow import SHAPES, grow, shape_args
 
 SMALLER = {  # the shapes' heads and widths, in fewer layers: this is float32 on two cores
     "heads of 64, no groups": replace(shape_args("160m", 2048), n_layer=5),
@@ -17,32 +17,70 @@ SMALLER = {  # the shapes' heads and widths, in fewer layers: this is float32 on
     "heads of 128": replace(shape_args("7b", 2048), n_layer=4, dim=1024, ffn_dim=1376),
     "smaller groups": replace(shape_args("68m", 2048), n_layer=4, n_head=10, n_kv_head=10, head_dim=32),
 }
+PROMPT = list(range(5, 60))
+
+
+def load(path: Path) -> Transformer:
+    return load_model(read_checkpoint(path), "cpu", torch.float32)
+
+
+def logits(model: Transformer) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(torch.tensor([PROMPT]), torch.arange(len(PROMPT)), model.make_cache(len(PROMPT)))
+
+
+def assert_same_text(grown: Transformer, small: Transformer) -> None:
+    """Logits alike, and the same tokens, greedy and sampled."""
+    assert_close(logits(grown), logits(small))
+    for temperature in (0.0, 0.8):
+        sampling = make_sampling(1, temperature)
+        expected = generated(new_engine(small), PROMPT, 50, sampling)
+        assert generated(new_engine(grown), PROMPT, 50, sampling) == expected
 
 
 @pytest.mark.parametrize("name", SMALLER)
-def test_the_grown_model_gives_the_demos_text(
-    name: str, demo: dict[str, Path], target: Transformer, tmp_path: Path
-) -> None:
-    """Float32: logits alike, and the same tokens, greedy and sampled."""
+def test_the_grown_target_keeps_its_text(name: str, demo: dict[str, Path], target: Transformer, tmp_path: Path) -> None:
     grow(read_checkpoint(demo["target"]), SMALLER[name], tmp_path / "grown.pth", torch.float32)
-    grown = load_model(read_checkpoint(tmp_path / "grown.pth"), "cpu", torch.float32)
-    assert (grown.args.dim, grown.args.n_layer) == (SMALLER[name].dim, SMALLER[name].n_layer)
-    prompt, positions = list(range(5, 60)), torch.arange(55)
-    with torch.inference_mode():
-        theirs = target(torch.tensor([prompt]), positions, target.make_cache(55))
-        assert_close(grown(torch.tensor([prompt]), positions, grown.make_cache(55)), theirs)
-    for temperature in (0.0, 0.8):
-        sampling = make_sampling(1, temperature)
-        expected = generated(new_engine(target), prompt, 50, sampling)
-        assert generated(new_engine(grown), prompt, 50, sampling) == expected
+    grown = load(tmp_path / "grown.pth")
+    same = ("dim", "n_layer", "n_head", "n_kv_head", "head_dim", "ffn_dim", "max_seq_length")
+    assert [getattr(grown.args, field) for field in same] == [getattr(SMALLER[name], field) for field in same]
+    assert_same_text(grown, target)
 
 
-def test_the_draft_grows_too_and_what_does_not_fit_is_refused(demo: dict[str, Path], tmp_path: Path) -> None:
-    draft = read_checkpoint(demo["draft"])
-    grow(draft, shape_args("68m", 2048), tmp_path / "grown.pth", torch.bfloat16)
-    assert read_checkpoint(tmp_path / "grown.pth").args.n_layer == SHAPES["68m"][0]
-    for field, value in (("dim", 128), ("head_dim", 48), ("vocab_size", 4096), ("n_kv_head", 2)):
-        with pytest.raises(ValueError, match="head_dim|less|few"):
-            grow(draft, replace(shape_args("68m", 2048), **{field: value}), tmp_path / "no.pth", torch.float32)
-    assert not (tmp_path / "no.pth").exists()
-    assert DEMO.is_dir()
+def test_the_grown_draft_keeps_its_text(demo: dict[str, Path], tmp_path: Path) -> None:
+    grow(read_checkpoint(demo["draft"]), shape_args("68m", 2048), tmp_path / "grown.pth", torch.float32)
+    assert_same_text(load(tmp_path / "grown.pth"), load(demo["draft"]))
+
+
+def test_the_command_line_makes_the_folder_and_writes_bfloat16(demo: dict[str, Path], tmp_path: Path) -> None:
+    """Weights are rounded once more, so logits are only near."""
+    path = tmp_path / "new" / "grown.pth"
+    run_cli("-m", "benchmarks.grow", "--checkpoint_path", demo["draft"], "--shape", "68m", "--out", path)
+    grown = read_checkpoint(path)
+    assert grown.args.dim == 768
+    assert {tensor.dtype for tensor in grown.model.values()} == {torch.bfloat16}
+    ours, theirs = logits(load(path)), logits(load(demo["draft"]))
+    assert (ours - theirs).abs().max() < 0.05 * theirs.abs().max()
+
+
+@pytest.mark.parametrize(
+    "fields, reason",
+    [
+        ({"dim": 128}, "dim 128 is less than the checkpoint's"),
+        ({"n_layer": 1}, "n_layer 1 is less than the checkpoint's"),
+        ({"head_dim": 48}, "head_dim must be a multiple"),
+        ({"vocab_size": 4096}, "the vocabulary the same"),
+        ({"n_head": 2, "n_kv_head": 2}, "2 heads and 2 KV heads are too few"),
+    ],
+    ids=str,
+)
+def test_a_refused_growth_leaves_no_file(fields: dict, reason: str, demo: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=reason):
+        grow(read_checkpoint(demo["draft"]), replace(shape_args("68m", 2048), **fields), tmp_path / "no", torch.float32)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_quantized_checkpoint_is_refused(demo: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not quantized"):
+        grow(read_checkpoint(demo["int8"]), shape_args("160m", 2048), tmp_path / "no.pth", torch.float32)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,417 @@
+"""scripts/prepare.sh against a fake Hugging Face hub, with the real client; scripts/environment.sh against a fake pip.
+
+The scripts run as a user runs them, in a folder that stands for this repository, with its own checkpoints/ and .venv.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
+from pathlib import Path
+from threading import Event, Thread
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import torch
+from conftest import DEMO, ROOT
+from safetensors.torch import save
+
+from scripts.convert_hf_checkpoint import read_safetensors
+
+REPO = "someone/llama-tiny"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FOLDER = Path("checkpoints", REPO)
+WROTE = f"wrote {FOLDER}/model.pth"
+TEXTS = {name: (DEMO / "draft" / name).read_bytes() for name in ("config.json", "tokenizer.model")}
+TENSORS = {name: read() for name, read in read_safetensors(DEMO / "draft" / "model.safetensors")}
+UNUSED = dict.fromkeys(
+    [
+        ".gitattributes", "README.md", "tokenizer.json", "modeling.py", "training_args.bin", "consolidated.00.pth",
+        "original/consolidated.00.pth", "original/model.safetensors", "onnx/model.onnx", "onnx/config.json",
+    ],
+    b"of no use",
+)  # fmt: skip
+
+
+def save_bin(tensors: dict[str, torch.Tensor]) -> bytes:
+    file = BytesIO()
+    torch.save(tensors, file)
+    return file.getvalue()
+
+
+def shards(whole: str, save: Callable[[dict], bytes]) -> dict[str, bytes]:
+    """Two files and their index, as Hugging Face's libraries write what is too large for one."""
+    stem, ending = whole.rsplit(".", 1)
+    names = sorted(TENSORS)
+    parts = {f"{stem}-0000{i + 1}-of-00002.{ending}": names[i::2] for i in range(2)}
+    index = {"metadata": {}, "weight_map": {name: file for file, part in parts.items() for name in part}}
+    files = {file: save({name: TENSORS[name] for name in part}) for file, part in parts.items()}
+    return files | {f"{whole}.index.json": json.dumps(index).encode()}
+
+
+WHOLE = {"model.safetensors": save(TENSORS)}
+WHOLE_BIN = {"pytorch_model.bin": save_bin(TENSORS)}
+SHARDS = shards("model.safetensors", save)
+BIN_SHARDS = shards("pytorch_model.bin", save_bin)
+LAST_SHARD = "model-00002-of-00002.safetensors"
+
+
+class Hub(ThreadingHTTPServer):
+    """One repository in memory, served as huggingface.co does. `fails`: (the start of a path, status, X-Error-Code)."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.endpoint = f"http://127.0.0.1:{self.server_port}"
+        self.files = TEXTS | WHOLE
+        self.fails: tuple[str, int, str] | None = None
+        self.cut = ""  # the file in whose middle the connection ends, for as long as it stands here
+        self.begun = Event()  # whether half of that was sent
+        self.heals = False  # whether it is answered again after that
+        self.fetched: list[str] = []  # files whose content was asked for
+
+    def handle_error(self, *_: object) -> None:
+        pass  # clients that went away
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        hub, path = self.server, unquote(urlsplit(self.path).path)
+        fails, (start, status, code) = hub.fails is not None, hub.fails or ("", 0, "")
+        if hub.begun.is_set() and hub.cut and path.endswith(hub.cut) and not hub.heals:
+            self.close_connection = True
+        elif fails and path.startswith(start):
+            self.answer(status, b"", {"X-Error-Code": code, "X-Error-Message": "as the test wants it"})
+        elif path.startswith(f"/api/models/{REPO}/revision/"):
+            self.answer_json({"id": REPO, "sha": COMMIT, "siblings": [{"rfilename": name} for name in hub.files]})
+        elif path == f"/api/models/{REPO}/tree/{COMMIT}":
+            digests = {name: hashlib.sha1(content).hexdigest() for name, content in hub.files.items()}
+            entry = {name: {"path": name, "size": len(hub.files[name]), "oid": oid} for name, oid in digests.items()}
+            self.answer_json([{"type": "file"} | each for each in entry.values()])
+        elif (name := path.removeprefix(f"/{REPO}/resolve/{COMMIT}/")) in hub.files:
+            self.answer_file(name, hub.files[name])
+        else:
+            self.answer(404, b"", {"X-Error-Code": "EntryNotFound" if REPO in path else "RepoNotFound"})
+
+    do_HEAD = do_GET
+
+    def answer_json(self, content: object) -> None:
+        self.answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+
+    def answer_file(self, name: str, content: bytes) -> None:
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+        headers = {
+            "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+            "X-Repo-Commit": COMMIT,
+            "Accept-Ranges": "bytes",
+        }
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        if self.command == "GET":
+            self.server.fetched.append(f"{name} from byte {start}" if start else name)
+        cut = self.command == "GET" and name == self.server.cut and not self.server.begun.is_set()
+        self.answer(206 if start else 200, content[start:], headers, cut)
+
+    def answer(self, status: int, body: bytes, headers: dict[str, str], cut: bool = False) -> None:
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[: len(body) // 2] if cut else body)
+        if cut:
+            self.close_connection = True
+            self.server.begun.set()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub() as server:
+        Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """The scripts, copied, and links to what they run: with its own .venv and checkpoints/."""
+    folder = tmp_path / "project"
+    shutil.copytree(ROOT / "scripts", folder / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in [*ROOT.glob("*.py"), ROOT / "kernels"]:
+        (folder / path.name).symlink_to(path)
+    return folder
+
+
+@pytest.fixture
+def prepare(project: Path, hub: Hub, tmp_path: Path) -> Callable:
+    """A function: runs ./scripts/prepare.sh with these words, and with the fake hub in the place of the real one.
+
+    Where the client waits before it tries again, it waits for a hundredth of a second.
+    """
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import time\nwait = time.sleep\ntime.sleep = lambda _: wait(0.01)"
+    )
+
+    def run(
+        *words: object, cwd: Path = project, script: str = "./scripts/prepare.sh", **environment: str
+    ) -> subprocess.CompletedProcess:
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+        settings = {
+            "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "5", "HF_HUB_ETAG_TIMEOUT": "5", "PYTHONPATH": str(tmp_path / "site"),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }  # fmt: skip
+        return subprocess.run(
+            [script, *words], cwd=cwd, env=inherited | settings | environment,
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+
+    return run
+
+
+def missing(name: str) -> dict[str, bytes]:
+    return {key: content for key, content in (TEXTS | WHOLE).items() if key != name}
+
+
+def assert_wrote(result: subprocess.CompletedProcess, project: Path) -> None:
+    assert (result.returncode, result.stdout) == (0, ""), result.stderr
+    assert result.stderr.splitlines()[-1] == WROTE
+    assert (project / FOLDER / "model.pth").exists()
+
+
+def assert_one_line(result: subprocess.CompletedProcess, says: str) -> None:
+    """Status 1, and one line on stderr with these words in this order."""
+    assert (result.returncode, result.stdout) == (1, ""), result.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert re.search(".*".join(map(re.escape, says.split(" ... "))), result.stderr), result.stderr
+
+
+@pytest.mark.parametrize(
+    "offered, taken",
+    [(WHOLE, WHOLE), (SHARDS, SHARDS), (WHOLE_BIN, WHOLE_BIN), (BIN_SHARDS, BIN_SHARDS), (WHOLE | BIN_SHARDS, WHOLE)],
+    ids=["safetensors", "shards", "bin", "bin shards", "both"],
+)
+def test_one_format_of_weights_is_fetched_and_nothing_that_is_not_read(
+    hub: Hub, prepare: Callable, project: Path, offered: dict, taken: dict
+) -> None:
+    """Safetensors where there are both. The index of the other format is a small file, and may be fetched."""
+    hub.files = TEXTS | UNUSED | offered
+    result = prepare(REPO)
+    assert_wrote(result, project)
+    assert "No files matched" not in result.stderr
+    assert {name for name in hub.fetched if not name.endswith(".index.json")} == (TEXTS | taken).keys() - {
+        name for name in taken if name.endswith(".index.json")
+    }
+    assert len(hub.fetched) == len(set(hub.fetched))
+
+
+def test_both_formats_in_shards(hub: Hub, prepare: Callable, project: Path) -> None:
+    """Two indices, of which the converter takes that of the shards that were fetched; the chat template is fetched."""
+    hub.files = (
+        TEXTS | SHARDS | BIN_SHARDS | {"chat_template.jinja": b"{{ '<<SYS>>' }}", "tokenizer_config.json": b"{}"}
+    )
+    assert_wrote(prepare(REPO), project)
+    assert sorted(name for name in hub.fetched if not name.endswith(".index.json")) == sorted(
+        [*TEXTS, "chat_template.jinja", "tokenizer_config.json", *(name for name in SHARDS if "index" not in name)]
+    )
+    assert torch.load(project / FOLDER / "model.pth", weights_only=True)["chat"] is True
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("tokenizer.model", "no tokenizer.model ... sentencepiece"),
+        ("config.json", "no config.json"),
+        ("model.safetensors", "no weights in safetensors or .bin"),
+    ],
+)
+def test_a_repository_that_cannot_be_converted_is_refused_before_its_weights_are_fetched(
+    hub: Hub, prepare: Callable, name: str, says: str
+) -> None:
+    hub.files = missing(name) | UNUSED
+    assert_one_line(prepare(REPO), f"{REPO} has {says}")
+    assert set(hub.fetched) <= TEXTS.keys()
+
+
+NAME, LICENCE = "check the name", "licence ... hf auth login"
+RESOLVE = f"/{REPO}/resolve/{COMMIT}/"
+FAILURES = {
+    "gated": ((RESOLVE, 403, "GatedRepo"), f"requires approval ... {LICENCE}"),
+    "gated, not logged in": ((RESOLVE, 401, "GatedRepo"), f"requires approval ... {LICENCE}"),
+    "gated with its list of files": (("/api/", 403, "GatedRepo"), f"requires approval ... {LICENCE}"),
+    "gated weights": ((f"{RESOLVE}model", 403, "GatedRepo"), f"requires approval ... {LICENCE}"),
+    "unknown": (("/api/", 404, "RepoNotFound"), f"'{REPO}' not found ... {NAME}"),
+    "unknown, not logged in": (("/api/", 401, "RepoNotFound"), f"'{REPO}' not found ... {NAME} ... hf auth login"),
+    "server": (("/", 500, ""), "500 Internal Server Error ... the network, then again"),
+    "server, one file": ((f"{RESOLVE}config", 503, ""), "503 Service Unavailable ... the network, then again"),
+    "server, weights": ((f"{RESOLVE}model", 503, ""), "503 Service Unavailable ... the network, then again"),
+}
+
+
+@pytest.mark.parametrize("fails, says", FAILURES.values(), ids=FAILURES)
+def test_what_the_hub_refuses_is_one_line(hub: Hub, prepare: Callable, fails: tuple, says: str) -> None:
+    """Cause, then cure. A second run says the same, though the first has left files."""
+    hub.fails = fails
+    assert_one_line(prepare(REPO), f"{REPO} was not downloaded ( ... {says}")
+    second = prepare(REPO)
+    assert_one_line(second, f"{REPO} was not downloaded ( ... {says[-20:]}")
+    assert "ncomplete snapshot" not in second.stderr
+    assert "model.safetensors" not in hub.fetched
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b/c", "-x", "no such/directory", "/no/such/directory"])
+def test_what_is_no_name_is_one_line(prepare: Callable, project: Path, name: str) -> None:
+    assert_one_line(prepare(name), f"{name} was not downloaded (Invalid value. Repo id must ... {NAME} ... directory")
+    assert not (project / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "environment, says",
+    [({"HF_ENDPOINT": "http://127.0.0.1:1"}, "Connection refused"), ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE")],
+    ids=["unreachable", "offline"],
+)
+def test_no_network_is_one_line(prepare: Callable, environment: dict, says: str) -> None:
+    assert_one_line(prepare(REPO, **environment), f"{REPO} was not downloaded ( ... {says} ... the network, then again")
+
+
+def test_what_was_whole_when_the_connection_was_lost_is_not_fetched_again(
+    hub: Hub, prepare: Callable, project: Path
+) -> None:
+    """In the middle of the second shard: the client's line, then ours, after what it says of its own attempts."""
+    hub.files, hub.cut = TEXTS | SHARDS, LAST_SHARD
+    result = prepare(REPO)
+    assert (result.returncode, result.stdout) == (1, "")
+    theirs, ours = result.stderr.splitlines()[-2:]
+    assert theirs.startswith("Error: ") and "disconnected" in theirs
+    assert re.fullmatch(f"{REPO} was not downloaded .*the network, then again.*", ours)
+    assert "Traceback" not in result.stderr
+    assert not (project / FOLDER / LAST_SHARD).exists()
+    hub.cut = ""
+    hub.fetched.clear()
+    assert_wrote(prepare(REPO), project)
+    assert hub.fetched == [LAST_SHARD]
+
+
+def test_a_connection_that_comes_back_goes_on_where_it_was_cut(hub: Hub, prepare: Callable, project: Path) -> None:
+    """The client's own attempt, which is not to end in ours."""
+    hub.cut, hub.heals = "model.safetensors", True
+    assert_wrote(prepare(REPO), project)
+    half = len(WHOLE["model.safetensors"]) // 2
+    assert hub.fetched[-2:] == ["model.safetensors", f"model.safetensors from byte {half}"]
+
+
+def test_links_in_the_way(prepare: Callable, project: Path, tmp_path: Path) -> None:
+    """HF_HOME, checkpoints/ and the project are links to folders elsewhere, with a space in their names."""
+    for name in ("home of hf", "large disk"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "home").symlink_to(tmp_path / "home of hf")
+    (project / "checkpoints").symlink_to(tmp_path / "large disk")
+    (tmp_path / "link").symlink_to(project)
+    assert_wrote(prepare(REPO, cwd=tmp_path / "link", HF_HOME=str(tmp_path / "home")), project)
+    assert any((tmp_path / "home of hf").iterdir())
+    assert (tmp_path / "large disk" / REPO / "model.pth").exists()
+
+
+def test_settings_of_the_shell_and_of_python_do_not_matter(prepare: Callable, project: Path, tmp_path: Path) -> None:
+    """A local directory, by a relative name that CDPATH has as well, with a space, and PYTHONSAFEPATH."""
+    for place in ("here", "elsewhere"):
+        (tmp_path / place / "a model").mkdir(parents=True)
+    for name, content in (TEXTS | WHOLE).items():
+        (tmp_path / "here" / "a model" / name).write_bytes(content)
+    settings = {"CDPATH": f"{tmp_path}/elsewhere:{project.parent}:.", "PYTHONSAFEPATH": "1"}
+    result = prepare("a model", cwd=tmp_path / "here", script="../project/scripts/prepare.sh", **settings)
+    model = tmp_path / "here" / "a model" / "model.pth"
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", f"wrote {model}\n")
+    assert model.exists()
+
+
+# ---- scripts/environment.sh
+
+
+@pytest.fixture
+def environment(project: Path, tmp_path: Path) -> Callable:
+    """A function: sources environment.sh, and returns which python it leaves and what was asked of pip, by whom.
+
+    Virtual environments are real, but without pip: in its place is a module that writes down what is asked of it.
+    """
+    log, tools = tmp_path / "log", tmp_path / "tools"
+    (tmp_path / "pip").mkdir()
+    code = f"import os, sys\nprint(sys.prefix, *sys.argv[1:], file=open({str(log)!r}, 'a'))\n"
+    (tmp_path / "pip" / "pip.py").write_text(code + "sys.exit(int(os.environ.get('PIP_STATUS', 0)))")
+    tools.mkdir()
+    (tools / "python3").write_text(
+        f'''#!/bin/sh
+        if [ "$2" = venv ] && [ -n "$KILLED" ]; then
+            mkdir -p .venv/bin && touch .venv/half && exit 130
+        fi
+        [ "$2" != venv ] || set -- "$@" --without-pip
+        exec "{sys.executable}" "$@"'''
+    )
+    (tools / "python3").chmod(0o755)
+    (tools / "python").symlink_to("python3")
+    (project / "requirements.txt").write_text("first\n")
+
+    def run(**settings: str) -> tuple[int, str, list[str]]:
+        log.write_text("")
+        inherited = {key: value for key, value in os.environ.items() if key != "VIRTUAL_ENV"}
+        fixed = {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": str(tmp_path / "pip"), "KILLED": ""}
+        command = "set -euo pipefail; . ../project/scripts/environment.sh requirements.txt; command -v python"
+        result = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path / "tools", env=inherited | fixed | settings, capture_output=True,
+            text=True,
+        )  # fmt: skip
+        return result.returncode, result.stdout.strip(), log.read_text().splitlines()
+
+    return run
+
+
+def test_an_environment_half_made_is_made_anew(environment: Callable, project: Path, tmp_path: Path) -> None:
+    """Without a mark from an earlier run that was interrupted; then it is taken as it is."""
+    status, _, asked = environment(KILLED="1")
+    assert status == 130 and asked == []
+    status, python, _ = environment(CDPATH=f"{tmp_path}:.")
+    assert (status, python) == (0, f"{project}/.venv/bin/python")
+    assert not (project / ".venv" / "half").exists()
+    (project / ".venv" / "kept").touch()
+    assert environment() == (0, python, [])
+    assert (project / ".venv" / "kept").exists()
+
+
+def test_pip_is_asked_until_it_has_finished_and_not_again(environment: Callable, project: Path) -> None:
+    """A stamp is left by an installation that was finished, of the file as it was then."""
+    install = f"{project}/.venv install --quiet --disable-pip-version-check -r requirements.txt"
+    status, python, asked = environment(PIP_STATUS="130")
+    assert (status, python, asked) == (130, "", [install])
+    assert environment()[::2] == (0, [install])
+    assert environment()[::2] == (0, [])
+    (project / "requirements.txt").write_text("second\n")
+    assert environment()[::2] == (0, [install])
+    assert environment()[::2] == (0, [])
+
+
+def test_the_active_environment_is_installed_into_whatever_python_is_on_the_path(
+    environment: Callable, project: Path, tmp_path: Path
+) -> None:
+    """VIRTUAL_ENV alone says which it is: by its own python."""
+    active = tmp_path / "my own"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", active], check=True)
+    status, python, asked = environment(VIRTUAL_ENV=str(active))
+    assert (status, python) == (0, f"{active}/bin/python")
+    assert [line.startswith(f"{active} install ") for line in asked] == [True]
+    assert environment(VIRTUAL_ENV=str(active)) == (0, python, [])
+    assert not (project / ".venv").exists()
