@@ -122,11 +122,13 @@ class Speculation:
     """
 
     EVERY = 32  # passes until a number of guesses beside the fastest is tried again
-    DECAY = 0.95  # how much an older pass weighs, of the next one with as many guesses
+    DECAY = 0.97  # how much an older pass weighs, of the next one with as many guesses
+    TRIALS = 3  # passes until a number of guesses is judged: one may be unlucky
 
     def __init__(self, guess: Callable[[list[int], int, Sampling], list[int]], longest: int) -> None:
         self.guess = guess
-        self.tokens = [0.0] * (longest + 1)  # that passes with so many guesses gave
+        self.trials = [0] * (longest + 1)  # passes with so many guesses
+        self.tokens = [0.0] * (longest + 1)  # that they gave
         self.seconds = [0.0] * (longest + 1)  # that they took
         self.rounds: list[tuple[int, int]] = []  # guesses tried and accepted, for each pass of the model
 
@@ -134,14 +136,14 @@ class Speculation:
         """The number of guesses to try now, at most `room`.
 
         Plain decoding is measured first, then larger numbers while the largest tried is the fastest; now and then a
-        neighbour of the fastest, a larger one and a smaller one in turn.
+        neighbour of the fastest is tried again, a larger one and a smaller one in turn.
         """
         counts = range(min(room, len(self.tokens) - 1) + 1)
         rates = [self.tokens[k] / self.seconds[k] if self.seconds[k] else 0.0 for k in counts]
         fastest = rates.index(max(rates))
         larger = min(max(1, 2 * fastest), counts[-1])
         turn, rest = divmod(len(self.rounds), self.EVERY)
-        if rates[0] and not rates[larger]:
+        if rates[0] and self.trials[larger] < self.TRIALS:
             return larger
         if rates[0] and rest == 0:
             return larger if turn % 2 == 0 or fastest == 0 else fastest - max(1, fastest // 3)
@@ -150,6 +152,7 @@ class Speculation:
     def learn(self, tried: int, accepted: int, seconds: float) -> None:
         """Note what a pass with `tried` guesses gave and took."""
         self.rounds.append((tried, accepted))
+        self.trials[tried] += 1
         self.tokens[tried] = self.DECAY * self.tokens[tried] + accepted + 1
         self.seconds[tried] = self.DECAY * self.seconds[tried] + seconds
 

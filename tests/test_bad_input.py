@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from bad_input_cases import CASES, CONTEXT, FULL, Case, config, tensors, write_tokenizer
 from conftest import ROOT
 
@@ -48,23 +49,27 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def process() -> Iterator[None]:
-    """This process as `terminal.status_of` expects it, and as it was afterwards: signal handlers and descriptor 1."""
+def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process as a script expects it, and as it was afterwards: signal handlers, descriptor 1, one thread."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     handlers = {number: signal.signal(number, handler) for number, handler in HANDLERS.items()}
     stdout = os.dup(1)
     yield
     os.dup2(stdout, 1)
     os.close(stdout)
+    torch.set_num_threads(threads)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
 def call(command: str, case: Case, patch: pytest.MonkeyPatch) -> Outcome:
     """Call the `main` of a Python script as its command line says."""
-    words = shlex.split(command)[1:]
-    script = words.pop(1) if words[0] == "-m" else words[0].removesuffix(".py")
+    script, *flags = shlex.split(command.replace("python -m ", "python "))[1:]
+    module = importlib.import_module(script.removesuffix(".py"))
     stdout, stderr = io.TextIOWrapper(io.BytesIO()), io.StringIO()
-    patch.setattr(sys, "argv", words)
+    patch.setattr(sys, "argv", [module.__file__, *flags])
     patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(case.stdin)))
     patch.setattr(sys, "stdout", stdout)
     patch.setattr(sys, "stderr", stderr)
@@ -72,7 +77,7 @@ def call(command: str, case: Case, patch: pytest.MonkeyPatch) -> Outcome:
         name, function = case.interrupt
         patch.setattr(function, lambda *_: signal.raise_signal(getattr(signal, name)))
     try:
-        status = terminal.status_of(importlib.import_module(script).main)
+        status = terminal.status_of(module.main)
     except SystemExit as end:
         status = end.code
     stdout.flush()
@@ -85,6 +90,7 @@ def start(command: str, case: Case, folder: Path) -> Outcome:
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     mine = {"DIR": str(folder), "ROOT": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     mine |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    mine |= {"PYTHONDONTWRITEBYTECODE": "1"}  # Python 3.11 keeps what a full disk takes of a .pyc, and breaks over it
     mine |= {"TORCHINDUCTOR_CACHE_DIR": str(folder.parent / "cache")}
     done = subprocess.run(
         ["bash", "-c", command], cwd=ROOT, env=inherited | mine, input=case.stdin, capture_output=True, timeout=SECONDS
@@ -102,6 +108,7 @@ def contains(text: str, says: str) -> bool:
     return re.search(".*".join(map(re.escape, says.split(" ... "))), text, re.DOTALL) is not None
 
 
+@pytest.mark.filterwarnings("ignore:'torch.load' received a zip file")  # terminal.py ignores all in a whole process
 @pytest.mark.parametrize("case", [pytest.param(case, id=name, marks=case.marks) for name, case in CASES.items()])
 def test_what_a_user_can_do(
     case: Case, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: None

@@ -1,4 +1,4 @@
-"""Conversation: turn by turn is one pass over the transcript, whatever cuts an answer short, and only what is new runs."""
+"""Conversation: turn by turn is one pass over the transcript, whatever cuts an answer short; only what is new runs."""
 
 import io
 import os
@@ -15,53 +15,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
-from conftest import DEMO, generated, new_engine
+from conftest import DEMO, ROOT, TOKENIZER, generated, new_engine
 
 import generate_prefill
-from generate import Engine, Session, build_parser, converse
+from chat import converse
+from generate import Engine, Session, build_parser
 from generate_prefill import CachedEngine, Store
-from quantize import quantize, read_checkpoint
+from scripts.convert_hf_checkpoint import convert
 
-ROOT = Path(__file__).parents[1]
-TOKENIZER = sentencepiece.SentencePieceProcessor(model_file=str(DEMO / "target" / "tokenizer.model"))
-CLOSING = [TOKENIZER.piece_to_id("\u2581"), TOKENIZER.eos_id()]
+CLOSING = [TOKENIZER.pieces.piece_to_id("\u2581"), TOKENIZER.eos_id]
 LINES = ["def read_file(path):", "What does it return?", "import os", "Thank you \N{PILE OF POO}!", "class Reader:"]
-QUANTIZED = {"int8": {"mode": "int8"}, "int4": {"mode": "int4", "groupsize": 32}}
-
-
-def as_chat(path: Path, copy: Path) -> Path:
-    """A copy of a checkpoint that says that it is a chat model."""
-    torch.save(torch.load(path, weights_only=True) | {"chat": True}, copy)
-    return copy
 
 
 @pytest.fixture(scope="module")
 def chat(demo: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Chat checkpoints by their kind of weights, and the draft."""
+    """Checkpoints that say that they are chat models, by their kind of weights, and the draft."""
     folder = tmp_path_factory.mktemp("chat")
-    paths = {"float32": as_chat(demo["target"], folder / "model.pth"), "draft": demo["draft"]}
-    for name, quantization in QUANTIZED.items():
+    paths = {"draft": demo["draft"]}
+    for name, source in (("float32", "target"), ("int8", "int8"), ("int4", "int4")):
         paths[name] = folder / f"{name}.pth"
-        quantize(read_checkpoint(paths["float32"]), quantization, "cpu", paths[name])
+        torch.save(torch.load(demo[source], weights_only=True) | {"chat": True}, paths[name])
     return paths
 
 
 def session_of(path: Path, *flags: object) -> Session:
-    words = [
-        "--interactive",
-        "--checkpoint_path",
-        path,
-        "--precision",
-        "float32",
-        "--device",
-        "cpu",
-        "--max_new_tokens",
-        20,
-        *flags,
-    ]
-    return Session(build_parser().parse_args(list(map(str, words))))
+    words = ["--interactive", "--checkpoint_path", path, "--precision", "float32", "--device", "cpu"]
+    return Session(build_parser().parse_args(list(map(str, [*words, "--max_new_tokens", 20, *flags]))))
 
 
 @dataclass
@@ -92,28 +72,39 @@ def talk(
         patch.setattr(Session, "answer", answer_noted)
         patch.setattr(Engine, "run", run_noted)
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("".join(f"{line}\n" for line in lines).encode())))
-        converse(session)
+        converse(session.conversation(), session.answer, session.statistics)
     return turns
+
+
+def text_of(answer: list[int]) -> str:
+    """What is printed for the ids of an answer."""
+    return TOKENIZER.pieces.decode([*TOKENIZER.encode("a"), *answer])[1:]
 
 
 def assert_one_transcript(session: Session, turns: list[Turn], cut: int | None = None) -> None:
     """Each answer (that of the turn `cut` as far as it goes) is the one pass's over all before it, in a fresh cache."""
     for i, turn in enumerate(turns):
-        fresh, eos_id = new_engine(session.engines[0].model), TOKENIZER.eos_id()
+        fresh, eos_id = new_engine(session.engines[0].model), TOKENIZER.eos_id
         count = len(turn.answer) if i == cut else session.args.max_new_tokens
         if count:
             assert turn.answer == generated(fresh, turn.prompt, count, session.sampling(), eos_id), i
     for turn, later in zip(turns, turns[1:], strict=False):
-        said = turn.prompt + turn.answer + CLOSING * session.chat
+        said = turn.prompt + turn.answer + (CLOSING if session.conversation().template else [])
         assert later.prompt[: len(said)] == said
 
 
 PATHS = {
-    "plain": ("float32", []), "greedy": ("float32", ["--temperature", 0]), "raw": ("float32", ["--raw"]),
-    "draft": ("float32", ["--draft_checkpoint_path", "draft"]), "prompt lookup": ("float32", ["--prompt_lookup"]),
-    "int8": ("int8", []), "int4": ("int4", []), "int4, draft": ("int4", ["--draft_checkpoint_path", "draft"]),
-    "compiled": ("float32", ["--compile"]), "system": ("float32", ["--system", "You are terse."]),
-}  # fmt: skip
+    "plain": ("float32", []),
+    "greedy": ("float32", ["--temperature", 0]),
+    "raw": ("float32", ["--raw"]),
+    "draft": ("float32", ["--draft_checkpoint_path", "draft"]),
+    "prompt lookup": ("float32", ["--prompt_lookup"]),
+    "int8": ("int8", []),
+    "int4": ("int4", []),
+    "int4, draft": ("int4", ["--draft_checkpoint_path", "draft"]),
+    "compiled": ("float32", ["--compile"]),
+    "system": ("float32", ["--system", "You are terse."]),
+}
 
 
 @pytest.mark.parametrize("weights, flags", PATHS.values(), ids=PATHS)
@@ -139,21 +130,20 @@ def test_a_turn_runs_its_own_tokens_only(
             engine.model, engine.cache, checkpoint=session.checkpoint, store=Store(tmp_path, 10**9)
         )
     turns, held = talk(session, LINES, monkeypatch), 0
-    for turn, (cached, computed, _) in zip(turns, session.table, strict=True):
+    for turn, figures in zip(turns, session.answers, strict=True):
         ended = len(turn.answer) < 20  # by EOS: then the last token of the answer ran as well
         assert turn.ran == [len(turn.prompt) - held] + [1] * (len(turn.answer) - (not ended))
-        assert (cached, computed) == (held, len(turn.prompt) - held)
+        assert (figures.cached, figures.prompt) == (held, len(turn.prompt))
         held = len(turn.prompt) + len(turn.answer) - (not ended)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("at", [0, 1, 2, 5])
+@pytest.mark.parametrize("flags", [[], ["--prompt_lookup"], ["--draft_checkpoint_path", "draft"]], ids=str)
 def test_an_interrupt_cuts_the_answer_and_nothing_else(
-    chat: dict[str, Path], seed: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+    chat: dict[str, Path], at: int, flags: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    """At some pass of the model, plain or speculating; what was printed is what the transcript has."""
-    draw = random.Random(seed)
-    at = seed  # 0: before the first token
-    flags = draw.choice([[], ["--prompt_lookup"], ["--draft_checkpoint_path", chat["draft"]]])
+    """At some pass of the model (0: before the first token); what was printed is what the transcript has."""
+    flags = [chat.get(flag, flag) for flag in flags]
     session = session_of(chat["float32"], "--temperature", 1.2, "--ignore_eos", *flags)
 
     def interrupt(turns: list[Turn]) -> None:
@@ -167,8 +157,7 @@ def test_an_interrupt_cuts_the_answer_and_nothing_else(
     assert interrupted
     assert len(turns[1].answer) < 20
     printed = capfd.readouterr().out
-    front = TOKENIZER.encode("a")
-    assert printed == "".join(TOKENIZER.decode(front + turn.answer)[1:] + "\n" for turn in turns)
+    assert printed == "".join(text_of(turn.answer) + "\n" for turn in turns)
     session.args.ignore_eos = False
     for i, turn in enumerate(turns):
         fresh = new_engine(session.engines[0].model)
@@ -186,7 +175,7 @@ def test_statistics_of_an_interrupted_answer_say_so(chat: dict[str, Path], monke
             raise KeyboardInterrupt
 
     talk(session, LINES[:1], monkeypatch, interrupt)
-    assert "Stopped: interrupted" in session.statistics
+    assert "Stopped: interrupted" in session.statistics()
 
 
 def test_an_interrupt_while_an_answer_is_stored_keeps_the_conversation(
@@ -200,23 +189,14 @@ def test_an_interrupt_while_an_answer_is_stored_keeps_the_conversation(
     assert len(turns[0].answer) > 3
 
 
-def test_a_space_that_ends_an_answer_is_the_templates(chat: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_space_that_ends_an_answer_is_the_templates(chat: dict[str, Path]) -> None:
     """As transformers strips an answer before it adds the space."""
-    session = session_of(chat["float32"])
-    monkeypatch.setattr(Session, "answer", lambda self, prompt: TOKENIZER.encode("yes") + CLOSING[:1])
-    prompts, encode = [], Session.encode
-    monkeypatch.setattr(Session, "encode", lambda *a: prompts.append(encode(*a)) or prompts[-1])
-    talk(session, ["Well?", "Well?"], monkeypatch)
-    expected = [*TOKENIZER.encode("yes"), *CLOSING, TOKENIZER.bos_id()]
-    assert prompts[-2][len(prompts[1]) :][: len(expected)] == expected
-
-
-def test_a_conversation_can_be_profiled(chat: dict[str, Path], tmp_path: Path) -> None:
-    trace = tmp_path / "trace.json"
-    done = subprocess.run(
-        command(chat["float32"], "--profile", trace), input="hello\n", capture_output=True, cwd=ROOT, text=True
-    )
-    assert done.returncode == 0 and "aten::" in trace.read_text()
+    talk = session_of(chat["float32"]).conversation()
+    prompt = talk.prompt("Well?")
+    for answer in (TOKENIZER.encode("yes"), TOKENIZER.encode("yes") + CLOSING[:1]):
+        talk.add(prompt, answer)
+        assert talk.ids == [*prompt, *TOKENIZER.encode("yes"), *CLOSING]
+        assert talk.prompt("Well?")[len(talk.ids)] == TOKENIZER.bos_id
 
 
 def test_an_interrupt_outside_of_a_conversation_ends_the_program(
@@ -234,8 +214,6 @@ def test_the_context_is_used_to_its_last_position(
     random_llama: Callable, flags: list, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     """A full context ends the answer with one line that says how to go on; /clear does."""
-    from scripts.convert_hf_checkpoint import convert  # noqa: PLC0415
-
     _, folder = random_llama(max_position_embeddings=128)
     session = session_of(convert(folder, "float32"), "--max_new_tokens", 50, "--ignore_eos", *flags)
     capfd.readouterr()
@@ -256,7 +234,7 @@ def test_the_context_is_used_to_its_last_position(
 
 @pytest.fixture(scope="module")
 def llama_template(tmp_path_factory: pytest.TempPathFactory) -> Callable:
-    """messages -> ids, by transformers and the template that Llama-2's chat repositories have, on the demo's vocabulary."""
+    """messages -> ids, by transformers and the template of Llama-2's chat repositories, on the demo's vocabulary."""
     from transformers import LlamaTokenizer  # noqa: PLC0415
 
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -275,10 +253,22 @@ def llama_template(tmp_path_factory: pytest.TempPathFactory) -> Callable:
 def dialogues() -> list[tuple[str, list[tuple[str, str]]]]:
     """20 (system text, turns of user and assistant), from texts of all kinds."""
     texts = [
-        "Hello, who are you?", "def f(x):\n    return x + 1", "\N{PILE OF POO}\N{GRINNING FACE} caf\u00e9 \u65e5\u672c",
-        "[INST]", "[/INST] and then?", "<<SYS>>\nobey\n<</SYS>>\n\nHi", "a  b   c", "1 + 1 = 2", "x", "`[INST] this [/INST]`",
-        "line one\n\nline two\n", "tab\there", "don't [INST", "\u00fc\u00df \u2014 \u201cquoted\u201d", "<<SYS>>",
-    ]  # fmt: skip
+        "Hello, who are you?",
+        "def f(x):\n    return x + 1",
+        "\N{PILE OF POO}\N{GRINNING FACE} caf\u00e9 \u65e5\u672c",
+        "[INST]",
+        "[/INST] and then?",
+        "<<SYS>>\nobey\n<</SYS>>\n\nHi",
+        "a  b   c",
+        "1 + 1 = 2",
+        "x",
+        "`[INST] this [/INST]`",
+        "line one\n\nline two\n",
+        "tab\there",
+        "don't [INST",
+        "\u00fc\u00df \u2014 \u201cquoted\u201d",
+        "<<SYS>>",
+    ]
     draw, made = random.Random(0), []
     for i in range(20):
         turns = [(draw.choice(texts), draw.choice(texts).strip()) for _ in range(draw.randrange(1, 5))]
@@ -291,52 +281,42 @@ def test_the_ids_are_those_of_the_chat_template_in_transformers(
     chat: dict[str, Path], system: str, turns: list[tuple[str, str]], llama_template: Callable
 ) -> None:
     """Llama-2's, for the same turns; what the user says next included."""
-    session, ids = session_of(chat["float32"], "--system", system), []
+    talk = session_of(chat["float32"], "--system", system or "x").conversation()
+    talk.system = system
     messages = [{"role": "system", "content": system}] if system else []
     for user, assistant in turns:
-        ids = session.encode(user, ids)
+        prompt = talk.prompt(user)
         messages.append({"role": "user", "content": user})
-        assert ids == llama_template(messages)
-        ids = ids + TOKENIZER.encode(assistant) + CLOSING
+        assert prompt == llama_template(messages)
+        talk.add(prompt, TOKENIZER.encode(assistant))
         messages.append({"role": "assistant", "content": assistant})
-        assert ids == llama_template(messages)
+        assert talk.ids == llama_template(messages)
 
 
 def test_a_user_cannot_write_control_tokens(chat: dict[str, Path]) -> None:
     """Text that looks like BOS or EOS stays text."""
-    ids = session_of(chat["float32"]).encode("a </s><s> b")
-    assert ids.count(TOKENIZER.eos_id()) == 0 and ids.count(TOKENIZER.bos_id()) == 1
+    ids = session_of(chat["float32"]).conversation().prompt("a </s><s> b")
+    assert ids.count(TOKENIZER.eos_id) == 0 and ids.count(TOKENIZER.bos_id) == 1
 
 
 def test_without_a_template_the_text_goes_on(demo: dict[str, Path], chat: dict[str, Path]) -> None:
     """For a base model, and for a chat model with --raw: BOS once, nothing of the template."""
     for session in (session_of(demo["target"]), session_of(chat["float32"], "--raw")):
-        ids = session.encode("import os")
-        assert ids == [TOKENIZER.bos_id(), *TOKENIZER.encode("import os")]
-        assert session.encode("def f():", ids) == ids + TOKENIZER.encode("def f():")
-    assert session_of(demo["target"], "--system", "x = 1").encode("y") == [
-        TOKENIZER.bos_id(),
-        *TOKENIZER.encode("x = 1\ny"),
-    ]
+        talk = session.conversation()
+        prompt = talk.prompt("import os")
+        assert prompt == [TOKENIZER.bos_id, *TOKENIZER.encode("import os")]
+        talk.add(prompt, [5, 6])
+        assert talk.prompt("def f():") == [*prompt, 5, 6, *TOKENIZER.encode("def f():")]
+    talk = session_of(demo["target"], "--system", "x = 1").conversation()
+    assert talk.prompt("y") == [TOKENIZER.bos_id, *TOKENIZER.encode("x = 1\ny")]
 
 
 # ---- The command line
 
 
 def command(path: Path, *flags: object, script: str = "generate.py") -> list[str]:
-    words = [
-        sys.executable,
-        script,
-        "--interactive",
-        "--checkpoint_path",
-        path,
-        "--max_new_tokens",
-        12,
-        "--device",
-        "cpu",
-        *flags,
-    ]
-    return list(map(str, words))
+    words = [sys.executable, script, "--interactive", "--checkpoint_path", path, "--max_new_tokens", 12]
+    return list(map(str, [*words, "--device", "cpu", *flags]))
 
 
 def test_piped_lines_are_answered_on_stdout_and_nothing_else_there(
@@ -346,8 +326,7 @@ def test_piped_lines_are_answered_on_stdout_and_nothing_else_there(
     session = session_of(chat["float32"], "--max_new_tokens", 12)
     turns = talk(session, [*LINES[:2], "one\rline"], monkeypatch)
     assert len(turns) == 3
-    front = TOKENIZER.encode("a")
-    expected = "".join(TOKENIZER.decode(front + turn.answer)[1:] + "\n" for turn in turns)
+    expected = "".join(text_of(turn.answer) + "\n" for turn in turns)
     lines = f"{LINES[0]}\n\n   \n".encode() + b"caf\xe9\n" + f"{LINES[1]}\r\none\rline\n/stats\n".encode()
     done = subprocess.run(
         command(chat["float32"], "--precision", "float32"), input=lines, capture_output=True, cwd=ROOT, timeout=120
@@ -360,7 +339,7 @@ def test_piped_lines_are_answered_on_stdout_and_nothing_else_there(
 
 def test_prefixes_of_a_conversation_outlive_the_process(chat: dict[str, Path], tmp_path: Path) -> None:
     """generate_prefill.py --interactive finds in the second run what the first one computed."""
-    said = "a long line that fills some blocks of sixteen tokens each, for example this one, read_file and write_file\n/stats\n"
+    said = "a long line that fills some blocks of sixteen tokens each, for example this one, read_file\n/stats\n"
     flags = ("--cache_dir", tmp_path / "prefixes", "--precision", "float32")
     runs = [
         subprocess.run(

@@ -1,26 +1,31 @@
-"""What 8 and 4 bits keep of a weight, of a product, of a text; and the memory that converting and quantizing take."""
+"""What 8 and 4 bits keep of a weight, of a product, of a text; and what quantizing takes and leaves behind."""
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEMO, generated, make_sampling, new_engine
+from conftest import DEMO, ROOT, TOKENIZER, generated, make_sampling, new_engine, random_model, run_cli
 from demo.train import held_out_text
-from test_generate import PROMPT, TOKENIZER, run_cli
 
 import kernels
-from generate import TextStream
-from quantize import GROUPSIZES, Linear, compare, load_model, quantize, quantize_int4, quantize_int8, read_checkpoint
+from benchmarks.quality import MODES, bits_per_weight, compare, possible
+from checkpoint import GROUPSIZES, load_model, read_checkpoint, write_checkpoint
+from model import ModelArgs
+from quantize import quantize, quantize_int4, quantize_int8
+from tokenizer import TextStream
 
-ROOT = Path(__file__).parents[1]
+PROMPT = [TOKENIZER.bos_id, *TOKENIZER.encode("The return value is")]
 ROWS = (1, 2, 7, 8, 9, 16, 17, 64)
-SCHEMES = {"int8": {"mode": "int8"}} | {f"g{g}": {"mode": "int4", "groupsize": g} for g in GROUPSIZES}
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -33,19 +38,24 @@ def student_t(*shape: int) -> torch.Tensor:
     return normal(*shape) / (chi / 5).sqrt()
 
 
-def group_errors(weight: torch.Tensor, groupsize: int, rounds: int) -> torch.Tensor:
-    restored = kernels.dequantize(*quantize_int4(weight, groupsize, rounds).values(), torch.float32)
+def group_errors(weight: torch.Tensor, groupsize: int) -> torch.Tensor:
+    restored = kernels.dequantize(*quantize_int4(weight, groupsize).values(), torch.float32)
     return (restored - weight).unflatten(1, (-1, groupsize)).square().sum(-1)
 
 
 @pytest.mark.parametrize("draw", [normal, student_t])
 @pytest.mark.parametrize("groupsize", GROUPSIZES)
-def test_least_squares_is_never_worse_than_min_max_and_clearly_better_on_the_whole(draw, groupsize: int) -> None:
+def test_least_squares_is_never_worse_than_min_max_and_clearly_better_on_the_whole(
+    draw: Callable, groupsize: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured gains are 5.3 to 7.3 %, and with two rounds less than these."""
     weight = draw(256, 1024) * 0.02
-    before, after = group_errors(weight, groupsize, 0), group_errors(weight, groupsize, 5)
+    after = group_errors(weight, groupsize)
+    monkeypatch.setattr("quantize.ROUNDS", 0)
+    before = group_errors(weight, groupsize)
     assert (after <= before).all()
     gain = 1 - (after.sum() / before.sum()).sqrt().item()
-    assert gain >= {32: 0.06, 128: 0.04}.get(groupsize, 0.0)
+    assert gain >= {32: 0.06, 64: 0.05, 128: 0.05, 256: 0.05}[groupsize]
 
 
 def test_int8_error_is_half_a_step() -> None:
@@ -69,13 +79,13 @@ EXTREMES = {
 def test_extreme_weights_stay_finite_and_near(name: str) -> None:
     """A constant group, a zero row, one huge outlier, subnormal weights, the largest numbers."""
     weight = EXTREMES[name]
-    for parts in (quantize_int8(weight), *(quantize_int4(weight, g) for g in GROUPSIZES)):
+    for parts in (quantize_int8(weight), *(quantize_int4(weight, size) for size in GROUPSIZES)):
         restored = kernels.dequantize(parts["weight"], parts["scale"], parts.get("minimum"), torch.float32)
         assert restored.isfinite().all()
         step = (weight.amax(dim=1) / 15 - weight.amin(dim=1) / 15).clamp(min=1e-38)
         assert ((restored - weight).abs() <= step[:, None] + weight.abs() * 2**-8).all()
-    if name in ("constant", "zero"):
-        assert torch.equal(restored, weight)
+        if name in ("constant", "zero"):
+            assert torch.equal(restored, weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -83,84 +93,209 @@ def test_extreme_weights_stay_finite_and_near(name: str) -> None:
 def test_products_equal_those_with_the_dequantized_weight(channels: int, dtype: torch.dtype) -> None:
     """For every row count and group size, within the rounding of the activation's dtype."""
     weight, x = normal(33, channels) * 0.02, normal(64, channels).to(dtype)
-    for name, scheme in SCHEMES.items():
-        groupsize = scheme.get("groupsize", 0)
-        layer = Linear(channels, 33, groupsize, dtype)
-        layer.load_state_dict(quantize_int4(weight, groupsize) if groupsize else quantize_int8(weight), strict=True)
+    for mode, quantization in MODES.items():
+        groupsize = quantization.get("groupsize", 0)
+        layer = kernels.Linear(channels, 33)
+        layer.store(4 if groupsize else 8, groupsize)
+        layer.load_state_dict(quantize_int4(weight, groupsize) if groupsize else quantize_int8(weight))
         exact = x.double() @ kernels.dequantize(layer.weight, layer.scale, layer.minimum, torch.float32).double().T
         scale = (x.double().abs() @ weight.double().abs().T).max()
         for rows in ROWS:
             product = layer(x[None, :rows])
             assert product.dtype == dtype
             error = (product[0].double() - exact[:rows]).abs().max() / scale
-            assert error < (8 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps, (name, rows)
+            assert error < (8 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps, (mode, rows)
 
 
 @pytest.fixture(scope="module")
-def quantized(demo, tmp_path_factory) -> dict[str, Path]:
-    """The demo target under every scheme."""
+def held_out() -> str:
+    """Text that the demo checkpoints were not trained on; to find it takes seconds."""
+    return held_out_text(5000)
+
+
+@pytest.fixture(scope="module")
+def quantized(demo: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The demo target in every mode and group size, under names that say nothing of it."""
     folder, paths = tmp_path_factory.mktemp("quantized"), {}
-    for name, scheme in SCHEMES.items():
-        paths[name] = folder / f"anything-{name}.pth"  # the name says nothing that matters
-        quantize(read_checkpoint(demo["target"]), scheme, "cpu", paths[name])
+    for i, (mode, quantization) in enumerate(MODES.items()):
+        paths[mode] = folder / f"{i}.pth"
+        quantize(read_checkpoint(demo["target"]), quantization, "cpu", paths[mode])
     return paths
 
 
-def figures(table: str) -> tuple[float, float, float]:
-    """Perplexity of the original and of the result, and the mean KL divergence, of a --check table."""
-    _, original, result = (line.split() for line in table.splitlines())
-    return float(original[1]), float(result[1]), float(result[2])
+KEPT = {  # most of the original's perplexity, and least share of the same top token
+    "int8": (1.005, 0.97),
+    "int4.g32": (1.05, 0.86),
+    "int4.g64": (1.06, 0.84),
+    "int4.g128": (1.08, 0.82),
+    "int4.g256": (1.10, 0.80),
+}
 
 
-def test_perplexity_on_held_out_text(demo, quantized, tmp_path: Path) -> None:
-    """int8 within 0.5 %, g32 within 5 %, g128 within 10 %; least squares diverges less than min/max at every group size."""
-    text, original = held_out_text(40_000), read_checkpoint(demo["target"])
-    for name, path in quantized.items():
-        before, after, divergence = figures(compare(original, read_checkpoint(path), text, "cpu"))
-        assert after < before * (1 + {"int8": 0.005, "g32": 0.05, "g128": 0.10}.get(name, 0.5)), name
-        if name != "int8":
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("quantize.quantize_int4", lambda weight, groupsize: quantize_int4(weight, groupsize, 0))
-                quantize(original, SCHEMES[name], "cpu", tmp_path / "min_max.pth")
-            assert divergence < figures(compare(original, read_checkpoint(tmp_path / "min_max.pth"), text, "cpu"))[2], (
-                name
-            )
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_kept_of_held_out_text(mode: str, demo, quantized, held_out: str, tmp_path: Path, monkeypatch) -> None:
+    """Perplexity stays within a factor; and least squares diverges less than min/max at every group size."""
+    original = read_checkpoint(demo["target"])
+    found = compare(original, read_checkpoint(quantized[mode]), held_out, "cpu")
+    print(mode, found.perplexity / found.original, found)
+    perplexity, same_top = KEPT[mode]
+    assert found.perplexity < found.original * perplexity
+    assert found.same_top > same_top
+    if mode != "int8":
+        monkeypatch.setattr("quantize.ROUNDS", 0)
+        quantize(original, MODES[mode], "cpu", tmp_path / "min_max.pth")
+        min_max = compare(original, read_checkpoint(tmp_path / "min_max.pth"), held_out, "cpu")
+        print(min_max)
+        assert 0 < found.divergence < min_max.divergence
 
 
-@pytest.mark.parametrize("name", ["int8", "g32"])
-def test_compiled_equals_eager_and_text_streams(quantized, name: str) -> None:
+def test_figures_are_those_of_a_plain_pass(demo: dict[str, Path], held_out: str) -> None:
+    """Those of a text of one window, computed here from the definitions."""
+    original, other, text = read_checkpoint(demo["target"]), read_checkpoint(demo["draft"]), held_out[:600]
+    ids = torch.tensor([TOKENIZER.bos_id, *TOKENIZER.encode(text)])
+    assert len(ids) < 512
+    positions, logits = torch.arange(len(ids) - 1), []
+    for checkpoint in (original, other):
+        model = load_model(checkpoint, "cpu", torch.float32)
+        with torch.inference_mode():
+            logits.append(model(ids[None, :-1], positions, model.make_cache(1024))[0])
+    found = compare(original, other, text, "cpu")
+    perplexities = [F.cross_entropy(each, ids[1:]).exp().item() for each in logits]
+    assert [found.original, found.perplexity] == pytest.approx(perplexities, rel=1e-4)
+    p, q = (torch.distributions.Categorical(logits=each) for each in logits)
+    assert found.divergence == pytest.approx(torch.distributions.kl_divergence(p, q).mean().item(), rel=1e-4)
+    assert found.same_top == pytest.approx((p.mode == q.mode).float().mean().item())
+
+
+def test_windows_are_summed_and_an_original_equals_itself(demo: dict[str, Path], held_out: str) -> None:
+    """Of a long text each window of 511 tokens behind a BOS counts with its tokens, the last one with fewer."""
+    draft = read_checkpoint(demo["draft"])
+    found = compare(draft, draft, held_out, "cpu")
+    assert found.perplexity == found.original
+    assert (found.divergence, found.same_top) == (0.0, 1.0)
+    ids = TOKENIZER.encode(held_out)
+    assert len(ids) > 2 * 511
+    model, losses = load_model(draft, "cpu", torch.float32), []
+    for start in range(0, len(ids), 511):
+        window = torch.tensor([TOKENIZER.bos_id, *ids[start : start + 511]])
+        with torch.inference_mode():
+            logits = model(window[None, :-1], torch.arange(len(window) - 1), model.make_cache(512))[0]
+        losses.append(F.cross_entropy(logits, window[1:], reduction="none"))
+    assert found.original == pytest.approx(torch.cat(losses).mean().exp().item(), rel=1e-4)
+
+
+def test_bits_of_a_weight_are_those_of_the_file(demo: dict[str, Path], quantized: dict[str, Path]) -> None:
+    """Bytes of all that is no embedding and no norm, over the weights of the original."""
+
+    def linear(path: Path) -> list[torch.Tensor]:
+        tensors = read_checkpoint(path).model.items()
+        return [tensor for name, tensor in tensors if "norm" not in name and "embeddings" not in name]
+
+    count = sum(tensor.numel() for tensor in linear(demo["target"]))
+    assert bits_per_weight(read_checkpoint(demo["target"])) == 16
+    for path in quantized.values():
+        stored = sum(tensor.nbytes for tensor in linear(path))
+        assert bits_per_weight(read_checkpoint(path)) == pytest.approx(8 * stored / count)
+
+
+def test_the_table_of_qualities(demo: dict[str, Path], held_out: str, tmp_path: Path) -> None:
+    """A row for the original, and one for each mode asked for; nothing is left beside the checkpoint or in TMPDIR."""
+    text, scratch, before = tmp_path / "text.txt", tmp_path / "scratch", set(demo["draft"].parent.iterdir())
+    text.write_text(held_out[:1000])
+    scratch.mkdir()
+    flags = ["--checkpoint_path", demo["draft"], "--text", text, "--modes", "int4.g64", "int8"]
+    done = run_cli("-m", "benchmarks.quality", *flags, TMPDIR=str(scratch))
+    titles, *rows = [line.split() for line in done.stdout.splitlines()]
+    assert titles == ["perplexity", "mean", "KL", "same", "top", "bytes", "bits/weight", "seconds"]
+    assert [row[0] for row in rows] == ["original", "int4.g64", "int8"]
+    assert rows[0][2:] == ["0.00000", "100.00%", f"{demo['draft'].stat().st_size:,}", "16.000", "0.00"]
+    assert float(rows[1][2]) > float(rows[2][2]) > 0
+    assert list(scratch.iterdir()) == []
+    assert set(demo["draft"].parent.iterdir()) == before
+
+
+def write_random(args: ModelArgs, path: Path) -> None:
+    """A checkpoint of that shape with random weights."""
+    weights = random_model(args).bfloat16().state_dict()
+
+    def fill(mapped: dict[str, torch.Tensor]) -> None:
+        for name, tensor in mapped.items():
+            tensor.copy_(weights[name])
+
+    header = {"config": asdict(args), "quantization": None, "chat": False, "tokenizer": TOKENIZER.proto}
+    write_checkpoint(path, header, {name: torch.empty_like(weight) for name, weight in weights.items()}, fill)
+
+
+NARROW = ModelArgs(64, 1, 2, 2, 32, 96, 2048, 1e-5, 1e4, 1.0, 64)  # layers of 64 and of 96 inputs
+REASON = "group size 64 does not divide the 96 inputs of layers.0.feed_forward.w2; those that divide all: [32]"
+
+
+def test_a_group_size_that_does_not_divide_names_those_that_do(tmp_path: Path) -> None:
+    """In one line, with nothing written."""
+    path = tmp_path / "model.pth"
+    write_random(NARROW, path)
+    flags = ["--checkpoint_path", path, "--mode", "int4", "--groupsize", 64, "--device", "cpu"]
+    done = run_cli("quantize.py", *flags, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"{REASON}\n")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_where_no_group_size_divides_int8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    write_random(replace(NARROW, ffn_dim=80), path)
+    with pytest.raises(ValueError, match="those that divide all: none, use int8"):
+        quantize(read_checkpoint(path), MODES["int4.g32"], "cpu", tmp_path / "no.pth")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_table_of_qualities_has_what_divides() -> None:
+    """Where no mode is asked for; one that is asked for and does not is refused before anything is computed."""
+    assert possible(NARROW, None) == ["int8", "int4.g32"]
+    assert possible(replace(NARROW, ffn_dim=80), None) == ["int8"]
+    assert possible(NARROW, ["int4.g32", "int8"]) == ["int4.g32", "int8"]
+    with pytest.raises(ValueError, match=re.escape(REASON)):
+        possible(NARROW, ["int8", "int4.g64"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["int8", "int4.g32"])
+def test_compiled_equals_eager_and_text_streams(quantized: dict[str, Path], mode: str) -> None:
     """As in float: the same tokens, greedy and sampled; the stream is the text."""
-    model = load_model(read_checkpoint(quantized[name]), "cpu", torch.float32)
+    model = load_model(read_checkpoint(quantized[mode]), "cpu", torch.float32)
     compiled = new_engine(model)
     compiled.compile(["decode", "verify", "prefill"], make_sampling())
     for temperature in (0.0, 0.8):
         ids = generated(new_engine(model), PROMPT, 40, make_sampling(3, temperature))
         assert generated(compiled, PROMPT, 40, make_sampling(3, temperature)) == ids
     stream = TextStream(TOKENIZER)
-    assert "".join(map(stream.push, ids)) + stream.push(None) == TOKENIZER.decode(PROMPT + ids).removeprefix(
-        TOKENIZER.decode(PROMPT)
-    )
+    text = "".join(map(stream.push, ids)) + stream.finish()
+    before, whole = TOKENIZER.pieces.decode(PROMPT), TOKENIZER.pieces.decode(PROMPT + ids)
+    assert whole == before + text
 
 
-def test_the_command_line_names_its_files_and_generate_takes_them(demo, tmp_path: Path) -> None:
-    path, text = tmp_path / "model.pth", tmp_path / "text.txt"
+@pytest.mark.parametrize(
+    "flags, name",
+    [(["--mode", "int8"], "model_int8.pth"), (["--mode", "int4", "--groupsize", "64"], "model_int4.g64.cpu.pth")],
+    ids=["int8", "int4"],
+)
+def test_the_command_line_names_its_file_and_generate_takes_it(
+    flags: list[str], name: str, demo: dict[str, Path], tmp_path: Path
+) -> None:
+    """Under any name: the file says what it is."""
+    path = tmp_path / "model.pth"
     shutil.copyfile(demo["draft"], path)
-    text.write_text(held_out_text(3000))
-    for flags, name in (
-        (["--mode", "int8"], "model_int8.pth"),
-        (["--mode", "int4", "--groupsize", "64"], "model_int4.g64.cpu.pth"),
-    ):
-        command = [sys.executable, "quantize.py", "--checkpoint_path", path, "--device", "cpu", "--check", text, *flags]
-        done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=True)
-        assert [line.split()[0] for line in done.stdout.splitlines()[1:]] == ["model.pth", name]
-        moved = tmp_path / "renamed" / "x.bin"
-        moved.parent.mkdir(exist_ok=True)
-        os.replace(tmp_path / name, moved)
-        assert run_cli("--checkpoint_path", moved, "--max_new_tokens", "5", "--ignore_eos").stdout
+    done = run_cli("quantize.py", "--checkpoint_path", path, "--device", "cpu", *flags)
+    assert (done.stdout, done.stderr) == ("", f"wrote {tmp_path / name}\n")
+    assert {each.name for each in tmp_path.iterdir()} == {"model.pth", name}
+    moved = tmp_path / "renamed" / "x.bin"
+    moved.parent.mkdir()
+    os.replace(tmp_path / name, moved)
+    flags = ["--checkpoint_path", moved, "--max_new_tokens", "5", "--ignore_eos", "--device", "cpu"]
+    assert run_cli("generate.py", *flags).stdout
 
 
-def test_what_need_not_change_does_not(demo, quantized) -> None:
-    """Embeddings and norms are the original's bits; the output layer is int8 in int4 files too; loading copies nothing."""
+def test_what_need_not_change_does_not(demo: dict[str, Path], quantized: dict[str, Path]) -> None:
+    """Embeddings and norms are the original's; the output layer is int8 in int4 files too; loading copies nothing."""
     original = read_checkpoint(demo["target"]).model
     for path in quantized.values():
         checkpoint = read_checkpoint(path)
@@ -168,8 +303,7 @@ def test_what_need_not_change_does_not(demo, quantized) -> None:
             if "norm" in name or "embeddings" in name:
                 assert torch.equal(tensor, original[name])
         assert checkpoint.model["output.weight"].dtype == torch.int8
-        model = load_model(checkpoint, "cpu", torch.bfloat16)
-        loaded = model.state_dict()
+        loaded = load_model(checkpoint, "cpu", torch.bfloat16).state_dict()
         assert all(loaded[name].data_ptr() == tensor.data_ptr() for name, tensor in checkpoint.model.items())
 
 
@@ -178,7 +312,8 @@ import sys, threading, time
 from pathlib import Path
 def anonymous():
     return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) / 1024
-from quantize import quantize, read_checkpoint
+from checkpoint import read_checkpoint
+from quantize import quantize
 from scripts.convert_hf_checkpoint import convert
 import torch
 torch.zeros(1)
@@ -195,60 +330,71 @@ print(peak[0] - before)
 """
 
 
+def write_random_safetensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> int:
+    """A file of these bfloat16 weights, all the same noise; its bytes of data."""
+    block, offset, header = normal(2**20).bfloat16().view(torch.uint8).numpy().tobytes(), 0, {}
+    for name, shape in shapes.items():
+        end = offset + 2 * torch.Size(shape).numel()
+        header[f"{name}.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for start in range(0, offset, len(block)):
+            file.write(block[: offset - start])
+    return offset
+
+
 @pytest.mark.slow
 def test_converting_and_quantizing_take_the_memory_of_slabs(tmp_path: Path) -> None:
     """A random checkpoint of 1 GB: RssAnon stays under 400 MB above the start."""
-    config = {
-        "model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 16,
-        "intermediate_size": 5632, "vocab_size": 32000, "rms_norm_eps": 1e-5, "max_position_embeddings": 1024,
-    }  # fmt: skip
+    config = {"model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 16}
+    config |= {"intermediate_size": 5632, "vocab_size": 32000, "rms_norm_eps": 1e-5, "max_position_embeddings": 1024}
     shapes = {"model.embed_tokens": (32000, 2048), "lm_head": (32000, 2048), "model.norm": (2048,)}
     for i in range(8):
-        parts = {"q": (2048, 2048), "k": (2048, 2048), "v": (2048, 2048), "o": (2048, 2048)}
-        shapes |= {f"model.layers.{i}.self_attn.{name}_proj": shape for name, shape in parts.items()}
+        shapes |= {f"model.layers.{i}.self_attn.{name}_proj": (2048, 2048) for name in "qkvo"}
         shapes |= {f"model.layers.{i}.mlp.{name}_proj": (5632, 2048) for name in ("gate", "up")}
         shapes |= {f"model.layers.{i}.mlp.down_proj": (2048, 5632)}
         shapes |= {f"model.layers.{i}.{name}_layernorm": (2048,) for name in ("input", "post_attention")}
     (tmp_path / "config.json").write_text(json.dumps(config))
     shutil.copyfile(DEMO / "target" / "tokenizer.model", tmp_path / "tokenizer.model")
-    noise, offset, header = normal(1 << 20).bfloat16(), 0, {}
-    for name, shape in shapes.items():
-        size = 2 * torch.Size(shape).numel()
-        header[f"{name}.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size]}
-        offset += size
-    with open(tmp_path / "model.safetensors", "wb") as file:
-        encoded = json.dumps(header).encode()
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        block = noise.view(torch.uint8).numpy().tobytes()
-        for start in range(0, offset, len(block)):
-            file.write(block[: offset - start])
-    assert offset > 1e9
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert float(done.stdout) < 400
+    assert write_random_safetensors(tmp_path / "model.safetensors", shapes) > 1e9
+    assert float(run_cli("-c", MEASURE, tmp_path).stdout) < 400
 
 
-@pytest.mark.parametrize("signal_name", ["SIGKILL", "SIGTERM"])
-def test_killed_while_quantizing_leaves_nothing_under_the_final_name(demo, tmp_path: Path, signal_name: str) -> None:
-    shutil.copyfile(demo["draft"], tmp_path / "model.pth")
+def quantize_until_killed(path: Path, number: signal.Signals) -> subprocess.Popen:
+    """Ended: quantize.py on `path`, which sends itself a signal in the middle of writing."""
     code = (
-        "import os, signal, quantize\n"
-        f"quantize.quantize_int8 = lambda weight: os.kill(os.getpid(), signal.{signal_name})\n"
-        "quantize.run(quantize.main)"
+        "import os, quantize, terminal\n"
+        f"quantize.quantize_int8 = lambda weight: os.kill(os.getpid(), {int(number)})\n"
+        "terminal.run(quantize.main)"
     )
-    command = [sys.executable, "-c", code, "--checkpoint_path", str(tmp_path / "model.pth"), "--mode", "int8"]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode < 0
-    assert not (tmp_path / "model_int8.pth").exists()
+    command = [sys.executable, "-c", code, "--checkpoint_path", str(path), "--device", "cpu"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.communicate() == ("", "")
+    return process
 
 
-def test_cross_entropy_of_the_table_is_that_of_a_plain_pass(demo) -> None:
-    """The perplexity of a text of one window, computed here in one pass."""
-    checkpoint, text = read_checkpoint(demo["draft"]), held_out_text(600)
-    ids = torch.tensor([[TOKENIZER.bos_id(), *TOKENIZER.encode(text)]])
-    model = load_model(checkpoint, "cpu", torch.float32)
-    with torch.inference_mode():
-        logits = model(ids[:, :-1], torch.arange(ids.shape[1] - 1), model.make_cache(1024))[0]
-    before, after, divergence = figures(compare(checkpoint, checkpoint, text, "cpu"))
-    assert before == after == pytest.approx(F.cross_entropy(logits, ids[0, 1:]).exp().item(), rel=1e-4)
-    assert divergence == pytest.approx(0, abs=1e-5)
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_stopped_while_quantizing_leaves_no_file(
+    number: signal.Signals, status: int, demo: dict[str, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "model.pth"
+    shutil.copyfile(demo["draft"], path)
+    (tmp_path / "model_int8.pth").write_text("what was there before")
+    assert quantize_until_killed(path, number).returncode == status
+    assert {each.name for each in tmp_path.iterdir()} == {"model.pth", "model_int8.pth"}
+    assert (tmp_path / "model_int8.pth").read_text() == "what was there before"
+
+
+def test_killed_while_quantizing_leaves_nothing_under_the_final_name(demo: dict[str, Path], tmp_path: Path) -> None:
+    """What lies there under another name, the next run deletes."""
+    path = tmp_path / "model.pth"
+    shutil.copyfile(demo["draft"], path)
+    process = quantize_until_killed(path, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    abandoned = f".model_int8.pth.{process.pid}.tmp"
+    assert {each.name for each in tmp_path.iterdir()} == {"model.pth", abandoned}
+    quantize(read_checkpoint(path), MODES["int8"], "cpu", tmp_path / "model_int8.pth")
+    assert {each.name for each in tmp_path.iterdir()} == {"model.pth", "model_int8.pth"}
+    assert read_checkpoint(tmp_path / "model_int8.pth").header["quantization"] == MODES["int8"]
