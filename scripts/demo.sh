@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh clone to streamed text, without a download: the environment, the bundled checkpoint, generate.py --compile.
+# From a fresh clone to streamed text, without a download: the environment, the bundled checkpoint, generate.py.
 # Further arguments go to generate.py.
 set -euo pipefail
 . "$(dirname "$0")/environment.sh" requirements.txt

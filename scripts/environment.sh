@@ -4,7 +4,7 @@
 unset CDPATH PYTHONSAFEPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -z "${VIRTUAL_ENV:-}" ]; then
-    if [ ! -f .venv/.made ]; then
+    if [ ! -f .venv/.made ] && ! .venv/bin/python -m pip --version > /dev/null 2>&1; then
         echo "creating .venv" >&2
         python3 -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed")'
         python3 -m venv --clear .venv

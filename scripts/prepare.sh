@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Download a Hugging Face repository (or take a local directory in its layout) and convert it to model.pth in its folder.
+# Download a Hugging Face repository (or take a local directory in its layout) and convert it to model.pth in it.
 #   ./scripts/prepare.sh REPO_OR_DIRECTORY [--precision float32]
 # Files that are whole are not downloaded again, and weights are downloaded in one format.
 set -euo pipefail
@@ -10,7 +10,7 @@ if [ $# -eq 0 ] || [ "$1" = --help ] || [ "$1" = -h ]; then
     exit 0
 fi
 
-# `hf download` of repository $1 to its folder, with further options; a failure that it has no words for is one line too.
+# `hf download` of repository $1 to its folder, with further options. What it would answer by a traceback is one line.
 hf_download() {
     NO_COLOR=1 HF_HUB_DISABLE_UPDATE_CHECK=1 python -c '
 import sys
@@ -25,9 +25,9 @@ except Exception as error:
 give_up() {
     local cause
     cause=$(grep -m 1 '^Error: ' <<< "$2") || cause=${2##*$'\n'}
-    echo "$1 was not downloaded (${cause#Error: }): check the name (of a repository, or of a directory that exists) and the" \
-        "network, then again: whole files are kept; a gated repository wants its licence accepted on its page and" \
-        "\`hf auth login\`" >&2
+    echo "$1 was not downloaded (${cause#Error: }): check the name (of a repository, or of a directory that exists)" \
+        "and the network, then again: whole files are kept; a gated repository wants its licence accepted on its" \
+        "page and \`hf auth login\`" >&2
     exit 1
 }
 

@@ -35,12 +35,19 @@ CONFIG = {
 LAYER = "model.layers.0."
 HEAD, EMBEDDINGS, Q_PROJ = "lm_head.weight", "model.embed_tokens.weight", f"{LAYER}self_attn.q_proj.weight"
 SHAPES = {
-    EMBEDDINGS: (300, 64), "model.norm.weight": (64,), HEAD: (300, 64),
-    f"{LAYER}self_attn.k_proj.weight": (64, 64), f"{LAYER}self_attn.v_proj.weight": (64, 64),
-    Q_PROJ: (64, 64), f"{LAYER}self_attn.o_proj.weight": (64, 64), f"{LAYER}mlp.down_proj.weight": (64, 96),
-    f"{LAYER}mlp.gate_proj.weight": (96, 64), f"{LAYER}mlp.up_proj.weight": (96, 64),
-    f"{LAYER}input_layernorm.weight": (64,), f"{LAYER}post_attention_layernorm.weight": (64,),
-}  # fmt: skip
+    EMBEDDINGS: (300, 64),
+    "model.norm.weight": (64,),
+    HEAD: (300, 64),
+    f"{LAYER}self_attn.k_proj.weight": (64, 64),
+    f"{LAYER}self_attn.v_proj.weight": (64, 64),
+    Q_PROJ: (64, 64),
+    f"{LAYER}self_attn.o_proj.weight": (64, 64),
+    f"{LAYER}mlp.down_proj.weight": (64, 96),
+    f"{LAYER}mlp.gate_proj.weight": (96, 64),
+    f"{LAYER}mlp.up_proj.weight": (96, 64),
+    f"{LAYER}input_layernorm.weight": (64,),
+    f"{LAYER}post_attention_layernorm.weight": (64,),
+}
 FULL = "\N{LATIN SMALL LETTER Y WITH DIAERESIS}" * ((CONTEXT - 2) // 2)  # with BOM and a space: CONTEXT tokens
 Spoil = Callable[[Path], object]  # what is done to a case's folder before
 
@@ -212,9 +219,7 @@ PIECES = "only models with a sentencepiece tokenizer are supported"
 SHORTEN = "but a context of 64: shorten"
 SHAPES_OF_16 = "only floating point of 16 bits or more is supported"
 UTF8 = "'utf-8' codec can't decode ... give some text in UTF-8"
-CHOOSE = "error: argument --device: invalid choice"
 CONVERTED = {"status": 0, "writes": ("model.pth",), "shows": "wrote "}
-WORKS = {"status": 0}
 SLOW = (pytest.mark.slow,)
 NO_CUDA = (pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),)
 AS_USER = "setpriv --bounding-set=-dac_override --inh-caps=-dac_override" if os.geteuid() == 0 else ""
@@ -234,8 +239,8 @@ def shape(**changes: object) -> Spoil:
     return checkpoint(lambda content: content["config"].update(changes))
 
 
-def model(**changes: object) -> Spoil:
-    return checkpoint(lambda content: content["model"].update({"norm.weight": changes["norm"]}))
+def norm(weight: object) -> Spoil:
+    return checkpoint(lambda content: content["model"].update({"norm.weight": weight}))
 
 
 CHECKPOINT = {  # what generate.py says of model.pth
@@ -245,10 +250,13 @@ CHECKPOINT = {  # what generate.py says of model.pth
     "empty": (f"model.pth: ... {OURS}", write("model.pth", b"")),
     "safetensors": (f"model.pth: ... {OURS}", lambda f: shutil.copy(f / "model.safetensors", f / "model.pth")),
     "TorchScript": (f"model.pth: ... {OURS}", torch_script),
-    "a state_dict": (f"model.pth: ... {OURS}", saved(lambda folder: weights())),
+    "a state_dict": (f"model.pth: KeyError: 'model'; ./scripts/{OURS}", saved(lambda folder: weights())),
     "a legacy state_dict": (f"model.pth: ... {OURS}", saved(lambda f: weights(), _use_new_zipfile_serialization=False)),
     "a list": (f"model.pth: ... {OURS}", saved(lambda folder: [1, 2, 3])),
-    "other keys": (f"model.pth: ... {OURS}", saved(lambda folder: {"state_dict": weights(), "epoch": 3})),
+    "other keys": (
+        f"model.pth: KeyError: 'model'; ./scripts/{OURS}",
+        saved(lambda folder: {"state_dict": weights(), "epoch": 3}),
+    ),
     "code": (f"model.pth: ... {OURS}", saved(Code)),
     "legacy code": (f"model.pth: ... {OURS}", saved(Code, _use_new_zipfile_serialization=False)),
     "cut to 1 byte": (f"model.pth: ... {OURS}", cut("model.pth", 1)),
@@ -266,8 +274,8 @@ CHECKPOINT = {  # what generate.py says of model.pth
     "no config": (f"model.pth: KeyError: 'config' ... {OURS}", checkpoint(lambda c: c.pop("config"))),
     "no id": (f"model.pth: {AGAIN}", checkpoint(lambda c: c.pop("id"))),
     "a tensor less": (f"model.pth: {AGAIN}", checkpoint(lambda c: c["model"].pop("norm.weight"))),
-    "a number for a tensor": (f"model.pth: ... 'int' ... {OURS}", model(norm=3)),
-    "integer weights": (f"model.pth: {AGAIN}", model(norm=torch.ones(64).int())),
+    "a number for a tensor": (f"model.pth: ... 'int' ... {OURS}", norm(3)),
+    "integer weights": (f"model.pth: {AGAIN}", norm(torch.ones(64).int())),
     "quantization of others": (f"model.pth: {AGAIN}", header(quantization={"mode": "int8"})),
     "quantization a string": (f"model.pth: TypeError ... {OURS}", header(quantization="int8")),
     "quantization empty": (f"model.pth: KeyError: 'mode' ... {OURS}", header(quantization={})),
@@ -279,7 +287,7 @@ CHECKPOINT = {  # what generate.py says of model.pth
     "empty tokenizer": (f"model.pth: ... {OURS}", header(tokenizer=b"")),
     "NaN": (
         "logits are not finite: try --precision bfloat16, or another checkpoint",
-        model(norm=torch.full((64,), torch.nan)),
+        norm(torch.full((64,), torch.nan)),
     ),
 }
 LARGE = checkpoint(lambda content: content["model"]["layers.0.feed_forward.w2.weight"].mul_(1e6))
@@ -328,9 +336,17 @@ MACHINE = {
         f"ulimit -v 64000000; {GENERATE}", "not enough memory ... quantize it", shape(max_seq_length=10**9)
     ),
     "no compiler": Case(f"CXX=/no/such/g++ {GENERATE} --compile", "/no/such/g++ ... do without --compile"),
-    "no compiler for the prompt": Case(f"CXX=no-such-g++ {GENERATE} --compile_prefill", "no-such-g++ ... do without"),
-    "empty PATH": Case(f"P=$(which python); PATH= $P {GENERATE[7:]} --compile", "--compile ... do without --compile"),
-    "a compiler that fails": Case(f"CXX=false {GENERATE} --compile", "--compile ... do without --compile"),
+    "no compiler for the prompt": Case(
+        f"CXX=no-such-g++ {GENERATE} --compile_prefill", "no-such-g++ ... do without", marks=SLOW
+    ),
+    "empty PATH": Case(
+        f"P=$(which python); PATH= $P {GENERATE[7:]} --compile",
+        "--compile: ... 'g++' ... do without --compile",
+        marks=SLOW,
+    ),
+    "a compiler that fails": Case(
+        f"CXX=false {GENERATE} --compile", "--compile: ... 'false' ... do without --compile", marks=SLOW
+    ),
     "prefixes of no model": Case(
         PREFILL,
         f"model.pth: No such file ... {OURS}",
@@ -375,7 +391,10 @@ CONFIG_JSON = {  # what the converter says of config.json
     "no positions": (f"max_seq_length = 0 in the config: it {POSITIVE}", config(max_position_embeddings=0)),
     "num_key_value_heads no divisor": ("n_head must be a multiple of n_kv_head", config(num_key_value_heads=3)),
     "rope_theta a list": (f"rope_theta = [1] in the config: it {POSITIVE}", config(rope_theta=[1])),
-    "model_type": ("model_type = 'mistral' is not supported: this program runs plain Llama", config(model_type="mistral")),
+    "model_type": (
+        "model_type = 'mistral' is not supported: this program runs plain Llama",
+        config(model_type="mistral"),
+    ),
     "attention_bias": ("attention_bias = True is not supported: this program runs", config(attention_bias=True)),
     "mlp_bias": ("mlp_bias = True is not supported: this program runs plain Llama", config(mlp_bias=True)),
     "hidden_act": ("hidden_act = 'gelu' is not supported: this program runs plain", config(hidden_act="gelu")),
@@ -383,12 +402,24 @@ CONFIG_JSON = {  # what the converter says of config.json
         "quantization_config = {'quant_method': 'gptq'} is not supported: this program",
         config(quantization_config={"quant_method": "gptq"}),
     ),
-    **{f"{key} {name}": (f"rope scaling = '{name}' is not supported: this program", config(**{key: {said: name, "factor": 2.0}}))
-       for name in ("dynamic", "llama3", "yarn") for key, said in (("rope_scaling", "type"), ("rope_parameters", "rope_type"))},
-    "rope linear without factor": (f"config.json: KeyError: 'factor'; {WHOLE}", config(rope_scaling={"type": "linear"})),
-    "rope linear by 0": (f"rope_scale = 0 in the config: it {POSITIVE}", config(rope_scaling={"type": "linear", "factor": 0})),
+    **{
+        f"{key} {name}": (
+            f"rope scaling = '{name}' is not supported: this program",
+            config(**{key: {said: name, "factor": 2.0}}),
+        )
+        for name in ("dynamic", "llama3", "yarn")
+        for key, said in (("rope_scaling", "type"), ("rope_parameters", "rope_type"))
+    },
+    "rope linear without factor": (
+        f"config.json: KeyError: 'factor'; {WHOLE}",
+        config(rope_scaling={"type": "linear"}),
+    ),
+    "rope linear by 0": (
+        f"rope_scale = 0 in the config: it {POSITIVE}",
+        config(rope_scaling={"type": "linear", "factor": 0}),
+    ),
     "rope a string": (f"config.json: AttributeError: 'str' ... {WHOLE}", config(rope_scaling="linear")),
-}  # fmt: skip
+}
 TOKENIZER = {  # what the converter says of tokenizer.model
     "missing": (f"tokenizer.model: No such file or directory; {PIECES}", remove("tokenizer.model")),
     "garbage": (f"tokenizer.model: RuntimeError: ... {PIECES}", write("tokenizer.model", b"\x00garbage" * 9)),
@@ -404,7 +435,10 @@ Q_NAMES = f"{LAYER}self_attn.q_proj.bias"
 WEIGHTS = {  # what the converter says of the weights
     "none": ("has no weights in safetensors or .bin: download it again", remove("model.safetensors")),
     "a shard less": ("weight in ... is missing: download it again", shards(None, a=HALF[0])),
-    "a shard that only the index has": ("model-b.safetensors: No such file ... download it again", shards(INDEX, a=HALF[0])),
+    "a shard that only the index has": (
+        "model-b.safetensors: No such file ... download it again",
+        shards(INDEX, a=HALF[0]),
+    ),
     "an index cut short": ("index.json: JSONDecodeError: ... download it again", shards('{"weight_map": {', a=HALF[0])),
     "an index without a map": ("index.json: KeyError: 'weight_map'; download it again", shards("{}", a=HALF[0])),
     "an index of numbers": ("index.json: TypeError: ... download it again", shards({Q_PROJ: 3}, a=HALF[0])),
@@ -412,107 +446,183 @@ WEIGHTS = {  # what the converter says of the weights
         f"{Q_PROJ} is in another file as well: delete those that are not of this model",
         shards(None, a=list(SHAPES), b=[Q_PROJ]),
     ),
-    "a tensor less": ("model.norm.weight in ... is missing: download it again", tensors(lambda t: t.pop("model.norm.weight"))),
+    "a tensor less": (
+        "model.norm.weight in ... is missing: download it again",
+        tensors(lambda t: t.pop("model.norm.weight")),
+    ),
     "no output layer": (f"{HEAD} in ... is missing: download it again", tensors(lambda t: t.pop(HEAD))),
-    "a tensor more": (f"{Q_NAMES} in ... is of no layer that config.json has", tensors(lambda t: t.update({Q_NAMES: torch.ones(64)}))),
+    "a tensor more": (
+        f"{Q_NAMES} in ... is of no layer that config.json has",
+        tensors(lambda t: t.update({Q_NAMES: torch.ones(64)})),
+    ),
     "a layer more": (
         "model.layers.1.mlp.up_proj.weight in ... is of no layer that config.json has",
         tensors(lambda t: t.update({"model.layers.1.mlp.up_proj.weight": torch.ones(96, 64)})),
     ),
-    "other shape": (f"{Q_PROJ} has the shape [32, 64], but config.json asks for [64, 64]", tensors(lambda t: t.update({Q_PROJ: torch.ones(32, 64)}))),
+    "other shape": (
+        f"{Q_PROJ} has the shape [32, 64], but config.json asks for [64, 64]",
+        tensors(lambda t: t.update({Q_PROJ: torch.ones(32, 64)})),
+    ),
     "header cut short": (f"model.safetensors: ... {DOWNLOAD}", cut("model.safetensors", 100)),
     "length cut short": (f"model.safetensors: ... {DOWNLOAD}", cut("model.safetensors", 5)),
     "data cut short": ("its file is cut short or damaged: download it again", cut("model.safetensors", -1)),
     "no bytes": (f"model.safetensors: ... {DOWNLOAD}", write("model.safetensors", b"")),
     "garbage": (f"model.safetensors: ... {DOWNLOAD}", write("model.safetensors", b"\xff" * 999)),
     "header a list": (f"model.safetensors: ... {DOWNLOAD}", write("model.safetensors", b"\2\0\0\0\0\0\0\0[]")),
-    "header without shapes": (f"model.safetensors: ... {DOWNLOAD}", write("model.safetensors", b'\7\0\0\0\0\0\0\0{"a":1}')),
+    "header without shapes": (
+        f"model.safetensors: ... {DOWNLOAD}",
+        write("model.safetensors", b'\7\0\0\0\0\0\0\0{"a":1}'),
+    ),
     "bin with code": (f"pytorch_model.bin: ... {DOWNLOAD}", bin_file(Code)),
-    "legacy bin with code": (f"pytorch_model.bin: ... {DOWNLOAD}", bin_file(Code, _use_new_zipfile_serialization=False)),
+    "legacy bin with code": (
+        f"pytorch_model.bin: ... {DOWNLOAD}",
+        bin_file(Code, _use_new_zipfile_serialization=False),
+    ),
     "bin a list": (f"pytorch_model.bin: ... {DOWNLOAD}", bin_file(lambda folder: [1, 2])),
-    "bin without tensors": ("its file is cut short or damaged: download it again", bin_file(lambda folder: dict.fromkeys(SHAPES, 3))),
+    "bin without tensors": (
+        "its file is cut short or damaged: download it again",
+        bin_file(lambda folder: dict.fromkeys(SHAPES, 3)),
+    ),
     "bin without names": ("3 in ... is of no layer", bin_file(lambda folder: {3: torch.ones(3)})),
-    "bin of integers": (f"{Q_PROJ} is stored as torch.int64: {SHAPES_OF_16}", bin_file(lambda f: weights() | {Q_PROJ: torch.ones(64, 64).long()})),
+    "bin of integers": (
+        f"{Q_PROJ} is stored as torch.int64: {SHAPES_OF_16}",
+        bin_file(lambda f: weights() | {Q_PROJ: torch.ones(64, 64).long()}),
+    ),
     "bin cut short": (f"pytorch_model.bin: ... {DOWNLOAD}", all_of(BIN, cut("pytorch_model.bin", 9999))),
     "bin empty": (f"pytorch_model.bin: ... {DOWNLOAD}", all_of(BIN, write("pytorch_model.bin", b""))),
-}  # fmt: skip
+}
 INTEGERS = {
     str(dtype): Case(
-        CONVERT, f"{Q_PROJ} is stored as {dtype}: {SHAPES_OF_16}",
-        tensors(lambda t, dtype=dtype: t.update({Q_PROJ: torch.ones(64, 64).to(dtype)})), marks=defect("it says torch.uint8"),
+        CONVERT,
+        f"{Q_PROJ} is stored as {dtype}: {SHAPES_OF_16}",
+        tensors(lambda t, dtype=dtype: t.update({Q_PROJ: torch.ones(64, 64).to(dtype)})),
+        marks=defect("it says torch.uint8"),
     )
     for dtype in (torch.int64, torch.int8, torch.float8_e4m3fn)
-}  # fmt: skip
+}
 FOLDER = {
     "no directory": Case(f"{CONVERT}/none", f"none/config.json: No such file or directory; {WHOLE}"),
     "a file for the directory": Case(f"{CONVERT}/config.json", f"config.json/config.json: Not a directory; {WHOLE}"),
     "full at once": Case(f"ulimit -f 1; {CONVERT}", "model.pth was not written: it takes 0.00 GB of disk"),
     "full": Case(f"ulimit -f 64; {CONVERT}", "model.pth was not written: it takes 0.00 GB of disk"),
-    "full, nothing there before": Case(f"ulimit -f 64; {CONVERT}", "model.pth was not written: it takes", remove("model.pth")),
+    "full, nothing there before": Case(
+        f"ulimit -f 64; {CONVERT}", "model.pth was not written: it takes", remove("model.pth")
+    ),
     "read-only": Case(f"chmod a-w $DIR; {AS_USER} {CONVERT}", "Permission denied: ... model.pth", marks=NOT_ROOT),
     "a directory in the way": Case(CONVERT, "Is a directory: ... model.pth", directory("model.pth")),
-    "tokenizer_config.json a directory": Case(CONVERT, "tokenizer_config.json", lambda f: (f / "tokenizer_config.json").mkdir()),
-}  # fmt: skip
+    "tokenizer_config.json a directory": Case(
+        CONVERT, "Is a directory: ... tokenizer_config.json", lambda f: (f / "tokenizer_config.json").mkdir()
+    ),
+}
 QUANTIZED = {
     "missing": Case(QUANTIZE, f"model.pth: No such file or directory ... {OURS}", remove("model.pth")),
     "cut short": Case(QUANTIZE, f"model.pth: ... {OURS}", cut("model.pth", 0.5)),
     "quantized already": Case(
-        QUANTIZE, "model.pth is quantized already: give the original",
+        QUANTIZE,
+        "model.pth is quantized already: give the original",
         lambda f: quantize(read_checkpoint(f / "model.pth"), {"mode": "int8"}, "cpu", f / "model.pth"),
     ),
-    "group size": Case(f"{QUANTIZE} --mode int4 --groupsize 256", "group size 256 does not divide the 64 inputs of ... those that divide all: [32]"),
-    "NaN": Case(QUANTIZE, "norm.weight holds NaN or infinity: get the checkpoint again", model(norm=torch.full((64,), torch.nan))),
-    "infinity": Case(QUANTIZE, "norm.weight holds NaN or infinity: get the", model(norm=torch.full((64,), torch.inf))),
+    "group size": Case(
+        f"{QUANTIZE} --mode int4 --groupsize 256",
+        "group size 256 does not divide the 64 inputs of ... those that divide all: [32]",
+    ),
+    "an empty name": Case(
+        f"{QUANTIZE} --checkpoint_path ''",
+        f"Is a directory; ./scripts/{OURS}",
+        marks=defect("has an empty name, it says"),
+    ),
+    "NaN": Case(
+        QUANTIZE, "norm.weight holds NaN or infinity: get the checkpoint again", norm(torch.full((64,), torch.nan))
+    ),
+    "infinity": Case(QUANTIZE, "norm.weight holds NaN or infinity: get the", norm(torch.full((64,), torch.inf))),
     "disk full": Case(f"ulimit -f 64; {QUANTIZE}", "model_int8.pth was not written: it takes 0.00 GB of disk"),
-    "a directory in the way": Case(QUANTIZE, "Is a directory: ... model_int8.pth", lambda f: (f / "model_int8.pth").mkdir()),
-}  # fmt: skip
+    "a directory in the way": Case(
+        QUANTIZE, "Is a directory: ... model_int8.pth", lambda f: (f / "model_int8.pth").mkdir()
+    ),
+}
 PREPARED = {
-    "an empty directory": Case(f"mkdir $DIR/../none; {PREPARE} $DIR/../none", f"config.json: No such file or directory; {WHOLE}"),
-    "another model": Case(f"cd $DIR; $ROOT/{PREPARE} .", "model_type = 'mistral' is not supported", config(model_type="mistral")),
+    "an empty directory": Case(
+        f"mkdir $DIR/../none; {PREPARE} $DIR/../none", f"config.json: No such file or directory; {WHOLE}"
+    ),
+    "another model": Case(
+        f"cd $DIR; $ROOT/{PREPARE} .", "model_type = 'mistral' is not supported", config(model_type="mistral")
+    ),
     "no arguments": Case(PREPARE, shows="usage: ./scripts/prepare.sh REPO_OR_DIRECTORY", status=2),
     "--help": Case(f"{PREPARE} --help", shows="usage: ./scripts/prepare.sh REPO_OR_DIRECTORY", status=0),
     "unknown flag": Case(f"{PREPARE} $DIR --mode int8", "error: unrecognized arguments: --mode int8", status=2),
-    "a directory with a space": Case(f"cp -r $DIR $DIR/../'a b'; rm $DIR/../'a b/model.pth'; {PREPARE} $DIR/../'a b'", status=0, shows="a b/model.pth"),
+    "a directory with a space": Case(
+        f"cp -r $DIR $DIR/../'a b'; rm $DIR/../'a b/model.pth'; {PREPARE} $DIR/../'a b'",
+        status=0,
+        shows="a b/model.pth",
+    ),
     "CDPATH": Case(f"cd $DIR/..; CDPATH=/:. $ROOT/{PREPARE} model", **CONVERTED),
-}  # fmt: skip
+}
 USAGE = {
     f"{flag}": Case(f"{GENERATE} {flag}", f"error: argument {flag.split()[0]}: {says}", status=2, shows="usage: ")
     for flag, says in {
-        "--max_new_tokens 0": "0: must be from 1", "--max_new_tokens -1": "-1: must be from 1",
-        "--temperature -1": "-1: must be from 0 to", "--temperature nan": "nan: must be from 0 to",
-        "--temperature inf": "inf: must be from 0 to", "--temperature 1e39": "1e39: must be from 0 to 1e+30",
-        "--top_k 0": "0: must be from 1", "--speculate_k 99": "99: must be from 1 to 15",
-        "--seed -1": "-1: must be from 0 to 2147483647", "--seed 2147483648": "2147483648: must be from 0 to 2147483647",
-        "--num_samples 0": "0: must be from 1", "--precision int3": "invalid choice: 'int3' (choose from",
-        "--device tpu": "invalid choice: 'tpu' (choose from", "--prompt": "expected one argument",
+        "--max_new_tokens 0": "0: must be from 1",
+        "--max_new_tokens -1": "-1: must be from 1",
+        "--temperature -1": "-1: must be from 0 to",
+        "--temperature nan": "nan: must be from 0 to",
+        "--temperature inf": "inf: must be from 0 to",
+        "--temperature 1e39": "1e39: must be from 0 to 1e+30",
+        "--top_k 0": "0: must be from 1",
+        "--speculate_k 99": "99: must be from 1 to 15",
+        "--seed -1": "-1: must be from 0 to 2147483647",
+        "--seed 2147483648": "2147483648: must be from 0 to 2147483647",
+        "--num_samples 0": "0: must be from 1",
+        "--precision int3": "invalid choice: 'int3' (choose from",
+        "--device tpu": "invalid choice: 'tpu' (choose from",
+        "--prompt": "expected one argument",
         "--draft_checkpoint_path": "expected one argument",
     }.items()
-}  # fmt: skip
+}
 USAGE |= {
     name: Case(command, f"error: {says}", status=2, shows="usage: ", marks=tuple(marks))
     for name, (command, says, *marks) in {
         "an unknown flag": (f"{GENERATE} --no_such_flag", "unrecognized arguments: --no_such_flag"),
-        "two ways to guess": (f"{GENERATE} --prompt_lookup --draft_checkpoint_path x", "argument --draft_checkpoint_path: not allowed with"),
+        "two ways to guess": (
+            f"{GENERATE} --prompt_lookup --draft_checkpoint_path x",
+            "argument --draft_checkpoint_path: not allowed with",
+        ),
         "no CUDA": (f"{GENERATE} --device cuda", "argument --device: invalid choice: 'cuda' (choose from", *NO_CUDA),
         "no checkpoint": ("python generate.py", "the following arguments are required: --checkpoint_path"),
         "no folder of prefixes": (f"{PREFILL} --cache_dir ''", "argument --cache_dir: it is empty: give a folder"),
         "a context, which is --system now": (f"{PREFILL} --context a", "unrecognized arguments: --context a"),
         "no room for prefixes": (f"{PREFILL} --cache_gb 0", "argument --cache_gb: 0: must be from 0.001 to"),
         "quantize, mode": (f"{QUANTIZE} --mode int3", "argument --mode: invalid choice: 'int3' (choose from"),
-        "quantize, group size": (f"{QUANTIZE} --mode int4 --groupsize 33", "argument --groupsize: invalid choice: 33 (choose"),
-        "quantize, check": (f"{QUANTIZE} --check x", "unrecognized arguments: --check x", *defect("taken for --checkpoint_path")),
+        "quantize, group size": (
+            f"{QUANTIZE} --mode int4 --groupsize 33",
+            "argument --groupsize: invalid choice: 33 (choose",
+        ),
+        "quantize, check": (
+            f"{QUANTIZE} --check x",
+            "unrecognized arguments: --check x",
+            *defect("taken for --checkpoint_path"),
+        ),
         "converter, precision": (f"{CONVERT} --precision int8", "argument --precision: invalid choice: 'int8' (choose"),
         "converter, unknown flag": (f"{CONVERT} --mode int8", "unrecognized arguments: --mode int8"),
-        "converter, no directory": ("python -m scripts.convert_hf_checkpoint", "the following arguments are required: --checkpoint_dir"),
+        "converter, no directory": (
+            "python -m scripts.convert_hf_checkpoint",
+            "the following arguments are required: --checkpoint_dir",
+        ),
     }.items()
-}  # fmt: skip
+}
 USAGE |= {
-    f"not a number: {flag}": Case(f"{GENERATE} {flag}", f"error: argument {flag.split()[0]}: invalid {kind} value:", status=2, marks=defect("it says `invalid parse value`"))
+    f"not a number: {flag}": Case(
+        f"{GENERATE} {flag}",
+        f"error: argument {flag.split()[0]}: invalid {kind} value:",
+        status=2,
+        marks=defect("it says `invalid parse value`"),
+    )
     for flag, kind in {
-        "--max_new_tokens abc": "int", "--max_new_tokens 1.5": "int", "--max_new_tokens ''": "int",
-        "--temperature warm": "float", "--top_k x": "int",
+        "--max_new_tokens abc": "int",
+        "--max_new_tokens 1.5": "int",
+        "--max_new_tokens ''": "int",
+        "--temperature warm": "float",
+        "--top_k x": "int",
     }.items()
-}  # fmt: skip
+}
 OLD_LOCALE = "LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0"
 PROMPT_FILES = all_of(
     write("plain", "a\nb"), write("crlf", "a\r\nb\r\n"), write("bom", "\ufeffa\nb"), write("lf", "a\nb\n")
@@ -520,52 +630,136 @@ PROMPT_FILES = all_of(
 ANSWERS = {"status": 0, "shows": "Stopped"}
 UNUSUAL = {
     "one token": Case(f"{GENERATE} --max_new_tokens 1", status=0, shows="(1 tokens ... Stopped: max_new_tokens 1"),
-    "the context is full": Case(f"{GENERATE} --prompt -", status=0, stdin=FULL.encode(), shows="(1 tokens ... Stopped: context of 64 tokens is full"),
+    "the context is full": Case(
+        f"{GENERATE} --prompt -",
+        status=0,
+        stdin=FULL.encode(),
+        shows="(1 tokens ... Stopped: context of 64 tokens is full",
+    ),
     "more of the top than there are": Case(f"{GENERATE} --top_k 1000000", **ANSWERS),
     "last seed": Case(f"{GENERATE} --num_samples 2 --seed 2147483647", **ANSWERS),
     "very hot": Case(f"{GENERATE} --temperature 1e30", **ANSWERS),
     "a very long answer": Case(f"{GENERATE} --max_new_tokens {10**30}", **ANSWERS),
-    **{f"a prompt file, {name}": Case(f"{GENERATE} --prompt @$DIR/{name}", spoil=PROMPT_FILES, same_as=f"{GENERATE} --prompt @$DIR/plain", **ANSWERS)
-       for name in ("crlf", "bom", "lf")},
-    "CRLF on stdin": Case(f"{GENERATE} --prompt -", spoil=PROMPT_FILES, stdin=b"\xef\xbb\xbfa\r\nb\r\n", same_as=f"{GENERATE} --prompt @$DIR/plain", **ANSWERS),
+    **{
+        f"a prompt file, {name}": Case(
+            f"{GENERATE} --prompt @$DIR/{name}",
+            spoil=PROMPT_FILES,
+            same_as=f"{GENERATE} --prompt @$DIR/plain",
+            **ANSWERS,
+        )
+        for name in ("crlf", "bom", "lf")
+    },
+    "CRLF on stdin": Case(
+        f"{GENERATE} --prompt -",
+        spoil=PROMPT_FILES,
+        stdin=b"\xef\xbb\xbfa\r\nb\r\n",
+        same_as=f"{GENERATE} --prompt @$DIR/plain",
+        **ANSWERS,
+    ),
     "a locale without UTF-8": Case(f"{OLD_LOCALE} {GENERATE} --prompt caf\u00e9", status=0, shows="Prompt tokens: 7 "),
-    "a conversation in it": Case(f"{OLD_LOCALE} {GENERATE} --interactive --max_new_tokens 1", status=0, stdin=b"caf\xc3\xa9\n/stats", shows="Prompt tokens: 7 "),
+    "a conversation in it": Case(
+        f"{OLD_LOCALE} {GENERATE} --interactive --max_new_tokens 1",
+        status=0,
+        stdin=b"caf\xc3\xa9\n/stats",
+        shows="Prompt tokens: 7 ",
+    ),
     "a conversation in which nobody speaks": Case(f"{GENERATE} --interactive", status=0, shows="Load time"),
     "a conversation without standard input": Case(f"{GENERATE} --interactive <&-", status=0, shows="Load time"),
-    "a line longer than the context": Case(f"{GENERATE} --interactive", SHORTEN, status=0, stdin=2 * FULL.encode() + b"\n/stats", shows="no answer yet"),
-    "a line not UTF-8": Case(f"{GENERATE} --interactive --max_new_tokens 1", f"what was said: ... {UTF8}", status=0, stdin=b"caf\xe9\na\n/stats", shows="Stopped"),
-    "a conversation with NaN": Case(f"{GENERATE} --interactive", "not finite: try", model(norm=torch.full((64,), torch.nan)), status=0, stdin=b"a"),
+    "a line longer than the context": Case(
+        f"{GENERATE} --interactive", SHORTEN, status=0, stdin=2 * FULL.encode() + b"\n/stats", shows="no answer yet"
+    ),
+    "a line not UTF-8": Case(
+        f"{GENERATE} --interactive --max_new_tokens 1",
+        f"what was said: ... {UTF8}",
+        status=0,
+        stdin=b"caf\xe9\na\n/stats",
+        shows="Stopped",
+    ),
+    "a conversation with NaN": Case(
+        f"{GENERATE} --interactive", "not finite: try", norm(torch.full((64,), torch.nan)), status=0, stdin=b"a"
+    ),
     "LOCAL_RANK is left": Case(f"LOCAL_RANK=0 {GENERATE}", **ANSWERS),
-    "run as a file": Case(f"cd $DIR/..; python $ROOT/scripts/convert_hf_checkpoint.py --checkpoint_dir $DIR", **CONVERTED),
-    "a compiler of two words": Case(f"CXX='env g++' XDG_CACHE_HOME=$DIR/../cache {GENERATE}; ls $DIR/../cache/*/cpu-*.so > /dev/null", marks=SLOW, **ANSWERS),
-    "no compiler, no kernels": Case(f"CXX=/no/such/g++ XDG_CACHE_HOME=$DIR/../cache {GENERATE}", "no CPU kernels ... slower: /no/such/g++: ... install a C++ compiler, or name one in CXX", **ANSWERS),
-    "no place for kernels": Case(f"env -u HOME XDG_CACHE_HOME=/dev/null/x {GENERATE}", "CPU kernels built for this run only: ... /dev/null/x ... set XDG_CACHE_HOME", marks=SLOW, **ANSWERS),
-    "a file that the index does not name": Case(CONVERT, spoil=all_of(shards(INDEX, a=HALF[0], b=HALF[1]), tensors(name="model-extra.safetensors")), **CONVERTED),
+    "run as a file": Case(
+        "cd $DIR/..; python $ROOT/scripts/convert_hf_checkpoint.py --checkpoint_dir $DIR", **CONVERTED
+    ),
+    "a compiler of two words": Case(
+        f"CXX='env g++' XDG_CACHE_HOME=$DIR/../cache {GENERATE}; ls $DIR/../cache/*/cpu-*.so > /dev/null",
+        marks=SLOW,
+        **ANSWERS,
+    ),
+    "no compiler, no kernels": Case(
+        f"CXX=/no/such/g++ XDG_CACHE_HOME=$DIR/../cache {GENERATE}",
+        "no CPU kernels ... slower: /no/such/g++: ... install a C++ compiler, or name one in CXX",
+        **ANSWERS,
+    ),
+    "half a command for a compiler": Case(
+        f"CXX='g++ \"' XDG_CACHE_HOME=$DIR/../cache {GENERATE}",
+        "no CPU kernels ... slower: ... No closing quotation ... CXX",
+        marks=defect("CXX is not named"),
+        **ANSWERS,
+    ),
+    "no place for kernels": Case(
+        f"env -u HOME XDG_CACHE_HOME=/dev/null/x {GENERATE}",
+        "CPU kernels built for this run only: ... /dev/null/x ... set XDG_CACHE_HOME",
+        marks=SLOW,
+        **ANSWERS,
+    ),
+    "a file that the index does not name": Case(
+        CONVERT, spoil=all_of(shards(INDEX, a=HALF[0], b=HALF[1]), tensors(name="model-extra.safetensors")), **CONVERTED
+    ),
     "shards without an index": Case(CONVERT, spoil=shards(None, a=HALF[0], b=HALF[1]), **CONVERTED),
     "tied, both there and different": Case(
-        CONVERT, spoil=config(tie_word_embeddings=True), left=holds(tok_embeddings=weights()[EMBEDDINGS], output=weights()[HEAD]), **CONVERTED
+        CONVERT,
+        spoil=config(tie_word_embeddings=True),
+        left=holds(tok_embeddings=weights()[EMBEDDINGS], output=weights()[HEAD]),
+        **CONVERTED,
     ),
     "tied, only the output layer there": Case(
-        CONVERT, spoil=all_of(config(tie_word_embeddings=True), tensors(lambda t: t.pop(EMBEDDINGS))),
-        left=holds(tok_embeddings=weights()[HEAD], output=weights()[HEAD]), **CONVERTED,
+        CONVERT,
+        spoil=all_of(config(tie_word_embeddings=True), tensors(lambda t: t.pop(EMBEDDINGS))),
+        left=holds(tok_embeddings=weights()[HEAD], output=weights()[HEAD]),
+        **CONVERTED,
     ),
     "tied, only the embeddings there": Case(
-        CONVERT, spoil=all_of(config(tie_word_embeddings=True), tensors(lambda t: t.pop(HEAD))),
-        left=holds(tok_embeddings=weights()[EMBEDDINGS], output=weights()[EMBEDDINGS]), **CONVERTED,
+        CONVERT,
+        spoil=all_of(config(tie_word_embeddings=True), tensors(lambda t: t.pop(HEAD))),
+        left=holds(tok_embeddings=weights()[EMBEDDINGS], output=weights()[EMBEDDINGS]),
+        **CONVERTED,
     ),
     "bin of Parameters": Case(
-        CONVERT, spoil=bin_file(lambda folder: {name: torch.nn.Parameter(tensor) for name, tensor in weights().items()}),
-        left=holds(output=weights()[HEAD]), **CONVERTED,
+        CONVERT,
+        spoil=bin_file(lambda folder: {name: torch.nn.Parameter(tensor) for name, tensor in weights().items()}),
+        left=holds(output=weights()[HEAD]),
+        **CONVERTED,
     ),
-    "bin of before torch 1.6": Case(CONVERT, spoil=bin_file(lambda folder: weights(), _use_new_zipfile_serialization=False), left=holds(output=weights()[HEAD]), **CONVERTED),
-    "rope scaling of type null": Case(CONVERT, spoil=config(rope_scaling={"type": None}), left=lambda f: stored(f)["config"]["rope_scale"] == 1, **CONVERTED),
-    "no max_position_embeddings": Case(CONVERT, spoil=config("max_position_embeddings"), left=lambda f: stored(f)["config"]["max_seq_length"] == 2048, **CONVERTED),
+    "bin of before torch 1.6": Case(
+        CONVERT,
+        spoil=bin_file(lambda folder: weights(), _use_new_zipfile_serialization=False),
+        left=holds(output=weights()[HEAD]),
+        **CONVERTED,
+    ),
+    "rope scaling of type null": Case(
+        CONVERT,
+        spoil=config(rope_scaling={"type": None}),
+        left=lambda f: stored(f)["config"]["rope_scale"] == 1,
+        **CONVERTED,
+    ),
+    "no max_position_embeddings": Case(
+        CONVERT,
+        spoil=config("max_position_embeddings"),
+        left=lambda f: stored(f)["config"]["max_seq_length"] == 2048,
+        **CONVERTED,
+    ),
     "a link": Case(
-        CONVERT, spoil=linked, left=lambda f: (f / "model.pth").is_symlink(),
-        status=0, writes=("elsewhere/real.pth", "model.pth"), shows="wrote ",
+        CONVERT,
+        spoil=linked,
+        left=lambda f: (f / "model.pth").is_symlink(),
+        status=0,
+        writes=("elsewhere/real.pth", "model.pth"),
+        shows="wrote ",
     ),
-}  # fmt: skip
-STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129, "SIGKILL": 137}
+}
+STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 WRITERS = {"converter": CONVERT, "quantizer": QUANTIZE}
 MOMENTS = ("terminal.progress", "os.fsync", "os.replace")
 PUSH = "tokenizer.TextStream.push"
@@ -579,21 +773,49 @@ def hit(command: str, signal: str, call: str) -> str:
 
 
 SIGNALS = {
-    **{f"{signal} in the {name} at {call}": Case(command, status=STATUS[signal], interrupt=(signal, call))
-       for name, command in WRITERS.items() for signal in ("SIGINT", "SIGTERM", "SIGHUP") for call in MOMENTS},
-    **{f"SIGKILL in the converter at {call}": Case(hit(CONVERT, "SIGKILL", call), status=137, writes=(".model.pth.PID.tmp",)) for call in MOMENTS},
-    "SIGKILL in the quantizer": Case(hit(QUANTIZE, "SIGKILL", "os.fsync"), status=137, writes=(".model_int8.pth.PID.tmp",)),
+    **{
+        f"{signal} in the {name} at {call}": Case(command, status=STATUS[signal], interrupt=(signal, call))
+        for name, command in WRITERS.items()
+        for signal in ("SIGINT", "SIGTERM", "SIGHUP")
+        for call in MOMENTS
+    },
+    **{
+        f"SIGKILL in the converter at {call}": Case(
+            hit(CONVERT, "SIGKILL", call), status=-9, writes=(".model.pth.PID.tmp",)
+        )
+        for call in MOMENTS
+    },
+    "SIGKILL in the quantizer": Case(
+        hit(QUANTIZE, "SIGKILL", "os.fsync"), status=-9, writes=(".model_int8.pth.PID.tmp",)
+    ),
     "SIGINT, a whole process": Case(hit(CONVERT, "SIGINT", "os.fsync"), status=130),
     "SIGTERM, a whole process": Case(hit(CONVERT, "SIGTERM", "os.fsync"), status=143),
-    "the converter after SIGKILL": Case(f"{{ {hit(CONVERT, 'SIGKILL', 'os.fsync')}; }} 2>/dev/null; ls $DIR/.model.pth.*.tmp >&2; {CONVERT}", "/.model.pth.", status=0, writes=("model.pth",)),
+    "the converter after SIGKILL": Case(
+        f"{{ {hit(CONVERT, 'SIGKILL', 'os.fsync')}; }} 2>/dev/null; ls $DIR/.model.pth.*.tmp >&2; {CONVERT}",
+        "/.model.pth.",
+        status=0,
+        writes=("model.pth",),
+    ),
     "the quantizer after SIGKILL": Case(
-        f"{{ {hit(QUANTIZE, 'SIGKILL', 'os.fsync')}; }} 2>/dev/null; ls $DIR/.model_int8.pth.*.tmp >&2; {QUANTIZE}", "/.model_int8.pth.", status=0, writes=("model_int8.pth",)
+        f"{{ {hit(QUANTIZE, 'SIGKILL', 'os.fsync')}; }} 2>/dev/null; ls $DIR/.model_int8.pth.*.tmp >&2; {QUANTIZE}",
+        "/.model_int8.pth.",
+        status=0,
+        writes=("model_int8.pth",),
     ),
     "SIGINT ignored, as by nohup": Case(f"trap '' INT; {hit(CONVERT, 'SIGINT', 'os.fsync')}", **CONVERTED),
     "SIGHUP ignored, as by nohup": Case(f"trap '' HUP; {hit(CONVERT, 'SIGHUP', 'os.fsync')}", **CONVERTED),
-    **{f"{signal} in an answer": Case(GENERATE, status=STATUS[signal], interrupt=(signal, PUSH)) for signal in ("SIGINT", "SIGTERM", "SIGHUP")},
-    "SIGINT in a conversation's answer": Case(f"{GENERATE} --interactive", status=0, stdin=b"a\n/stats\nb", interrupt=("SIGINT", PUSH), shows="Stopped: interrupted"),
-}  # fmt: skip
+    **{
+        f"{signal} in an answer": Case(GENERATE, status=STATUS[signal], interrupt=(signal, PUSH))
+        for signal in ("SIGINT", "SIGTERM", "SIGHUP")
+    },
+    "SIGINT in a conversation's answer": Case(
+        f"{GENERATE} --interactive",
+        status=0,
+        stdin=b"a\n/stats\nb",
+        interrupt=("SIGINT", PUSH),
+        shows="Stopped: interrupted",
+    ),
+}
 
 
 def described(command: str, table: dict[str, tuple]) -> dict[str, Case]:
@@ -601,9 +823,19 @@ def described(command: str, table: dict[str, tuple]) -> dict[str, Case]:
 
 
 GROUPS = {
-    "checkpoint": described(GENERATE, CHECKPOINT), "prompt": PROMPT, "machine": MACHINE, "output": OUTPUT,
-    "config.json": described(CONVERT, CONFIG_JSON), "tokenizer": described(CONVERT, TOKENIZER),
-    "weights": described(CONVERT, WEIGHTS), "dtype": INTEGERS, "folder": FOLDER, "quantize": QUANTIZED, "prepare": PREPARED,
-    "usage": USAGE, "unusual": UNUSUAL, "signal": SIGNALS,
-}  # fmt: skip
+    "checkpoint": described(GENERATE, CHECKPOINT),
+    "prompt": PROMPT,
+    "machine": MACHINE,
+    "output": OUTPUT,
+    "config.json": described(CONVERT, CONFIG_JSON),
+    "tokenizer": described(CONVERT, TOKENIZER),
+    "weights": described(CONVERT, WEIGHTS),
+    "dtype": INTEGERS,
+    "folder": FOLDER,
+    "quantize": QUANTIZED,
+    "prepare": PREPARED,
+    "usage": USAGE,
+    "unusual": UNUSUAL,
+    "signal": SIGNALS,
+}
 CASES = {f"{group}: {name}": case for group, cases in GROUPS.items() for name, case in cases.items()}

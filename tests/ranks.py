@@ -5,7 +5,6 @@ python -m tests.ranks CASES FOLDER RESULTS      (CASES: text or memory)
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +12,9 @@ from pathlib import Path
 import torch
 
 import tp
+from checkpoint import read_checkpoint
 from generate import Engine, Speculation, prompt_lookup
 from generate_prefill import CachedEngine, Store
-from quantize import read_checkpoint, run
 from tests.conftest import generated, make_sampling, new_engine
 
 COUNT = 8  # tokens of an answer
@@ -31,7 +30,7 @@ class Eager(Speculation):
 
 def load(path: Path, draft: bool = False, dtype: torch.dtype = torch.float32) -> Engine:
     checkpoint = read_checkpoint(path)
-    model = tp.load_model(checkpoint, "cpu", dtype, draft)
+    model = tp.load_share(checkpoint, "cpu", dtype, draft)
     return CachedEngine(model, model.make_cache(256), checkpoint=checkpoint)
 
 
@@ -115,7 +114,7 @@ def memory(folder: Path) -> list:
         return {words[0][:-1]: 1024 * int(words[1]) for words in lines if words[0] in ("RssAnon:", "RssFile:")}
 
     before = resident()
-    model = tp.load_model(read_checkpoint(folder / "model.pth"), "cpu", torch.bfloat16, False)
+    model = tp.load_share(read_checkpoint(folder / "model.pth"), "cpu", torch.bfloat16)
     with torch.inference_mode():
         model(torch.tensor([[1]]), torch.tensor([0]), model.make_cache(16))
     return tp.gather([before, resident()])
@@ -128,8 +127,7 @@ def main(cases: Callable, folder: Path, results: Path) -> None:
     if tp.ranks()[0] == 0:
         results.write_text(json.dumps(found))
     tp.gather(None)
-    time.sleep(0.5)  # who ends at once cuts the others off from what they have not read yet
 
 
 if __name__ == "__main__":
-    run(lambda: main({"text": text, "memory": memory}[sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3])))
+    tp.run(lambda: main({"text": text, "memory": memory}[sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3])))

@@ -73,7 +73,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
         self.files = TEXTS | WHOLE
-        self.fails: tuple[str, int, str] | None = None
+        self.fails = ("nothing", 0, "")
         self.cut = ""  # the file in whose middle the connection ends, for as long as it stands here
         self.begun = Event()  # whether half of that was sent
         self.heals = False  # whether it is answered again after that
@@ -89,10 +89,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         hub, path = self.server, unquote(urlsplit(self.path).path)
-        fails, (start, status, code) = hub.fails is not None, hub.fails or ("", 0, "")
+        start, status, code = hub.fails
         if hub.begun.is_set() and hub.cut and path.endswith(hub.cut) and not hub.heals:
             self.close_connection = True
-        elif fails and path.startswith(start):
+        elif path.startswith(start):
             self.answer(status, b"", {"X-Error-Code": code, "X-Error-Message": "as the test wants it"})
         elif path.startswith(f"/api/models/{REPO}/revision/"):
             self.answer_json({"id": REPO, "sha": COMMIT, "siblings": [{"rfilename": name} for name in hub.files]})
@@ -172,9 +172,10 @@ def prepare(project: Path, hub: Hub, tmp_path: Path) -> Callable:
     def run(
         *words: object, cwd: Path = project, script: str = "./scripts/prepare.sh", **environment: str
     ) -> subprocess.CompletedProcess:
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
         settings = {
-            "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*",
+            "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "*", "no_proxy": "*",
             "HF_HUB_DOWNLOAD_TIMEOUT": "5", "HF_HUB_ETAG_TIMEOUT": "5", "PYTHONPATH": str(tmp_path / "site"),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }  # fmt: skip
@@ -216,7 +217,9 @@ def test_one_format_of_weights_is_fetched_and_nothing_that_is_not_read(
     result = prepare(REPO)
     assert_wrote(result, project)
     assert "No files matched" not in result.stderr
-    assert sorted(without_indices(hub.fetched)) == sorted(without_indices(TEXTS | CHAT | taken))
+    wanted = TEXTS | CHAT | taken
+    assert sorted(without_indices(hub.fetched)) == sorted(without_indices(wanted))
+    assert wanted.keys() <= set(hub.fetched)
     assert torch.load(project / FOLDER / "model.pth", weights_only=True)["chat"] is True
 
 
@@ -359,9 +362,11 @@ def environment(project: Path, tmp_path: Path) -> Callable:
         log.write_text("")
         inherited = {key: value for key, value in os.environ.items() if key != "VIRTUAL_ENV"}
         fixed = {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": str(tmp_path / "pip"), "KILLED": ""}
-        command = "set -euo pipefail; . ../project/scripts/environment.sh requirements.txt; command -v python"
+        command = (
+            "set -euo pipefail; . scripts/environment.sh requirements.txt; command -v python; echo ${PYTHONSAFEPATH:-}"
+        )
         result = subprocess.run(
-            ["bash", "-c", command], cwd=tmp_path / "tools", env=inherited | fixed | settings, capture_output=True,
+            ["bash", "-c", command], cwd=project, env=inherited | fixed | settings, capture_output=True,
             text=True,
         )  # fmt: skip
         return result.returncode, result.stdout.strip(), log.read_text().splitlines()
@@ -369,11 +374,11 @@ def environment(project: Path, tmp_path: Path) -> Callable:
     return run
 
 
-def test_an_environment_half_made_is_made_anew(environment: Callable, project: Path, tmp_path: Path) -> None:
+def test_an_environment_half_made_is_made_anew(environment: Callable, project: Path) -> None:
     """Without a mark from an earlier run that was interrupted; then it is taken as it is."""
     status, _, asked = environment(KILLED="1")
     assert status == 130 and asked == []
-    status, python, _ = environment(CDPATH=f"{tmp_path}:.")
+    status, python, _ = environment()
     assert (status, python) == (0, f"{project}/.venv/bin/python")
     assert not (project / ".venv" / "half").exists()
     (project / ".venv" / "kept").touch()
@@ -396,10 +401,11 @@ def test_pip_is_asked_until_it_has_finished_and_not_again(environment: Callable,
 def test_the_active_environment_is_installed_into_whatever_python_is_on_the_path(
     environment: Callable, project: Path, tmp_path: Path
 ) -> None:
-    """VIRTUAL_ENV alone says which it is: by its own python."""
+    """VIRTUAL_ENV alone says which it is: by its own python; CDPATH and PYTHONSAFEPATH do not disturb."""
+    (tmp_path / "elsewhere" / "scripts").mkdir(parents=True)
     active = tmp_path / "my own"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", active], check=True)
-    status, python, asked = environment(VIRTUAL_ENV=str(active))
+    status, python, asked = environment(VIRTUAL_ENV=str(active), CDPATH=f"{tmp_path}/elsewhere", PYTHONSAFEPATH="1")
     assert (status, python) == (0, f"{active}/bin/python")
     assert [line.startswith(f"{active} install ") for line in asked] == [True]
     assert environment(VIRTUAL_ENV=str(active)) == (0, python, [])

@@ -1,4 +1,4 @@
-"""Tensor parallelism: the text of one process for any number of ranks, a share of the memory, and an end in every case."""
+"""Tensor parallelism: the text of one process for any number of ranks, a share of the memory, an end in every case."""
 
 import json
 import os
@@ -14,17 +14,15 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
-from conftest import DEMO, assert_close
+from conftest import ROOT, TOKENIZER, assert_close
 
 import tp
+from benchmarks.grow import shape_args
+from checkpoint import GROUPSIZES, empty_model, read_checkpoint, write_checkpoint
 from model import ModelArgs
-from quantize import GROUPSIZES, build_model, quantize, read_checkpoint, write_checkpoint
-from tests.grow import shape_args
+from quantize import quantize
 
-ROOT = Path(__file__).parents[1]
-TOKENIZER = sentencepiece.SentencePieceProcessor(model_file=str(DEMO / "target" / "tokenizer.model"))
 TEXT = "def read_file(path):\n    with open(path) as file:\n        return file.read()\n\n\ndef write_file("
 GQA = ModelArgs(256, 2, 8, 4, 128, 1024, 2048, 1e-5, 10000.0, 1.0, 512)
 ODD = ModelArgs(64, 1, 3, 3, 32, 96, 2048, 1e-5, 10000.0, 1.0, 512)  # of a draft that no two ranks can share
@@ -41,11 +39,9 @@ def write_random(path: Path, args: ModelArgs, quantization: dict | None = None, 
                 torch.randn(tensor.shape, generator=generator) * (0.3 if "norm" in name else tensor.shape[-1] ** -0.5)
             )
 
-    tokenizer = TOKENIZER.serialized_model_proto()
-    header = {"config": asdict(args), "quantization": quantization, "chat": False, "tokenizer": tokenizer}
-    write_checkpoint(
-        path, header, build_model(args, quantization, torch.bfloat16).to_empty(device="cpu").state_dict(), draw
-    )
+    header = {"config": asdict(args), "quantization": quantization, "chat": False, "tokenizer": TOKENIZER.proto}
+    tensors = empty_model(args, quantization, torch.bfloat16).to_empty(device="cpu").state_dict()
+    write_checkpoint(path, header, tensors, draw)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +57,7 @@ def folder(demo: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
         quantize(original, {"mode": "int8"}, "cpu", folder / f"{name}_int8.pth")
         for size in GROUPSIZES:
             quantize(original, {"mode": "int4", "groupsize": size}, "cpu", folder / f"{name}_int4.g{size}.pth")
-    prompts = [[TOKENIZER.bos_id()], [TOKENIZER.bos_id(), *TOKENIZER.encode(TEXT)]]
+    prompts = [[TOKENIZER.bos_id], [TOKENIZER.bos_id, *TOKENIZER.encode(TEXT)]]
     (folder / "prompts.json").write_text(json.dumps(prompts))
     return folder
 
@@ -76,12 +72,14 @@ def ranks(count: int, *words: str | Path) -> list[subprocess.Popen]:
     """`count` processes of one group, started as torchrun would; 0: one process without a group."""
     group = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
     environments = [{"RANK": rank, "LOCAL_RANK": rank} | group for rank in range(count)] or [{}]
-    return [
-        subprocess.Popen(
-            [sys.executable, *words], cwd=ROOT, env=os.environ | {name: str(value) for name, value in environment.items()},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        ) for environment in environments
-    ]  # fmt: skip
+    return [start(environment, *words) for environment in environments]
+
+
+def start(environment: dict, *words: str | Path) -> subprocess.Popen:
+    """One process with more in its environment."""
+    added = {name: str(value) for name, value in environment.items()}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, env=os.environ | added, **pipes)
 
 
 def ended(processes: list[subprocess.Popen], seconds: float = 300) -> list[tuple[int, str, str]]:
@@ -107,7 +105,7 @@ def results(folder: Path) -> Callable[[int], dict]:
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_text_does_not_change_with_the_number_of_ranks(results: Callable[[int], dict], count: int) -> None:
-    """Greedy and sampled, plain and speculative, stored and compiled, at 16, 8 and 4 bits in every group size that divides."""
+    """Greedy and sampled, plain and speculative, stored and compiled, at 16, 8 and 4 bits in every group size."""
     alone, shared = ({name: found for name, found in results(n).items() if name != "bfloat16"} for n in (0, count))
     assert alone.keys() == shared.keys() and len(shared) == 12
     for name, found in shared.items():
@@ -200,18 +198,10 @@ def test_torchrun_answers_like_python_and_only_rank_0_speaks(folder: Path) -> No
     ]
 
 
+@pytest.mark.slow
 def test_torchrun_stores_prefixes_for_each_rank(folder: Path, tmp_path: Path) -> None:
     words = ["generate_prefill.py", "--checkpoint_path", folder / "target_int8.pth", "--precision", "float32"]
-    words += [
-        "--max_new_tokens",
-        "8",
-        "--cache_dir",
-        tmp_path / "prefixes",
-        "--context",
-        TEXT * 2,
-        "--prompt",
-        "import",
-    ]
+    words += ["--max_new_tokens", "8", "--cache_dir", tmp_path / "prefixes", "--system", TEXT * 2, "--prompt", "import"]
     usual = alone(*words)
     for cached in ("(cached 0 of", "(cached 64 of"):
         [(status, stdout, stderr)] = ended([torchrun(2, *words)])
@@ -219,6 +209,7 @@ def test_torchrun_stores_prefixes_for_each_rank(folder: Path, tmp_path: Path) ->
         assert cached in stderr
 
 
+@pytest.mark.slow
 def test_torchrun_holds_a_conversation_and_ends_with_its_input(folder: Path) -> None:
     words = [
         "generate.py",
@@ -236,11 +227,14 @@ def test_torchrun_holds_a_conversation_and_ends_with_its_input(folder: Path) -> 
     assert stderr.count("Prompt tokens") == 1
 
 
-@pytest.mark.parametrize("name, count, cause", [
-    ("target_float.pth", 3, "n_head = 8 is no multiple of 3 ranks"),
-    ("target_int4.g256.pth", 2, "groups of wo's inputs = 1 is no multiple of 2 ranks"),
-    ("none.pth", 2, "none.pth: No such file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, count, cause",
+    [
+        ("target_float.pth", 3, "n_head = 8 is no multiple of 3 ranks"),
+        ("target_int4.g256.pth", 2, "groups of wo's inputs = 1 is no multiple of 2 ranks"),
+        ("none.pth", 2, "none.pth: No such file"),
+    ],
+)
 def test_what_ranks_cannot_share_is_refused_by_name(folder: Path, name: str, count: int, cause: str) -> None:
     for rank, (status, stdout, stderr) in enumerate(
         ended(ranks(count, "generate.py", "--checkpoint_path", folder / name))
@@ -249,29 +243,22 @@ def test_what_ranks_cannot_share_is_refused_by_name(folder: Path, name: str, cou
         assert (cause in stderr and len(stderr.splitlines()) == 1) if rank == 0 else stderr == ""
 
 
+@pytest.mark.slow
 def test_hosts_with_other_checkpoints_are_refused(folder: Path) -> None:
     """The shapes are the same, the weights are not."""
-    words, port = ["generate.py", "--checkpoint_path"], str(free_port())
-    group = {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": port,
-    }
+    group = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost"}
+    group["MASTER_PORT"] = free_port()
     (folder / "other").mkdir()
     write_random(folder / "other" / "gqa_float.pth", GQA)
     paths = [folder / "gqa_float.pth", folder / "other" / "gqa_float.pth"]
-    processes = [
-        subprocess.Popen([sys.executable, *words, path], cwd=ROOT, env=os.environ | group | {"RANK": str(rank)},
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for rank, path in enumerate(paths)
-    ]  # fmt: skip
+    words = ["generate.py", "--checkpoint_path"]
+    processes = [start(group | {"RANK": rank}, *words, path) for rank, path in enumerate(paths)]
     for status, stdout, stderr in ended(processes):
         assert (status, stdout) == (1, "")
         assert "not the same file on every host" in stderr and len(stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_draft_that_ranks_cannot_share_is_whole_on_each(folder: Path, tmp_path: Path) -> None:
     """Here for its groups: four ranks would have 64 inputs each, half a group."""
     quantize(
@@ -292,6 +279,7 @@ def test_a_draft_that_ranks_cannot_share_is_whole_on_each(folder: Path, tmp_path
     assert all(other == (0, "", "") for other in others)
 
 
+@pytest.mark.slow
 def test_text_from_a_file_is_that_of_the_first_rank(folder: Path, tmp_path: Path) -> None:
     """The file may be on one host only, or be standard input."""
     words = [
@@ -302,12 +290,13 @@ def test_text_from_a_file_is_that_of_the_first_rank(folder: Path, tmp_path: Path
         "4",
         "--no_cache",
     ]
-    words += ["--precision", "float32", "--context", "@/dev/stdin", "--prompt", "import"]
+    words += ["--precision", "float32", "--system", "@/dev/stdin", "--prompt", "import"]
     process = torchrun(2, *words, stdin=subprocess.PIPE)
     stdout, stderr = process.communicate(TEXT, timeout=100)
     assert (process.returncode, stdout) == (0, alone(*words, text=TEXT).stdout), stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["--help"], ["--no_such_flag"], ["--prompt", "-"]], ids=" ".join)
 def test_only_rank_0_says_what_is_wrong_with_flags_and_input(folder: Path, words: list[str]) -> None:
     words = ["generate.py", "--checkpoint_path", folder / "target_float.pth", *words]
@@ -317,22 +306,27 @@ def test_only_rank_0_says_what_is_wrong_with_flags_and_input(folder: Path, words
     assert other == (usual.returncode, "", "")
 
 
+@pytest.mark.slow
 def test_an_address_that_is_not_there_is_one_line(folder: Path) -> None:
-    group = {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(free_port()),
-    }
-    command = [sys.executable, "generate.py", "--checkpoint_path", folder / "target_float.pth"]
-    environment = os.environ | group | {"GLOO_SOCKET_IFNAME": "none0"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "out of reach" in done.stderr and "none0" in done.stderr and len(done.stderr.splitlines()) == 1
+    group = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+    process = start(
+        group | {"GLOO_SOCKET_IFNAME": "none0"}, "generate.py", "--checkpoint_path", folder / "gqa_float.pth"
+    )
+    ((status, stdout, stderr),) = ended([process])
+    assert (status, stdout) == (1, "")
+    assert "out of reach" in stderr and "none0" in stderr and len(stderr.splitlines()) == 1
+
+
+def test_what_torchrun_leaves_in_the_environment_makes_no_rank(folder: Path) -> None:
+    """LOCAL_RANK alone, as a shell may have it from a job that has ended."""
+    ((status, stdout, stderr),) = ended(
+        [start({"LOCAL_RANK": 0}, "generate.py", "--checkpoint_path", folder / "gqa_int8.pth")]
+    )
+    assert status == 0 and stdout and "Stopped" in stderr
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tp, "IS_RANK", True)
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="2 GPUs"):
@@ -361,6 +355,7 @@ def talking(folder: Path, **options: object) -> subprocess.Popen:
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_when_a_rank_is_killed_all_end_with_a_message(folder: Path, rank: int) -> None:
     process = talking(folder)
@@ -374,6 +369,7 @@ def test_when_a_rank_is_killed_all_end_with_a_message(folder: Path, rank: int) -
     assert not any(Path(f"/proc/{pid}").exists() for pid in group)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_all_ranks(folder: Path) -> None:
     process = talking(folder)
     group = children(process.pid)
@@ -405,6 +401,7 @@ wait $second
 """
 
 
+@pytest.mark.slow
 def test_two_hosts_answer_like_one(folder: Path, tmp_path: Path) -> None:
     """Two network namespaces, joined by a cable of their own; torchrun meets torchrun at an endpoint."""
     probe = subprocess.run(["unshare", "--net", "ip", "link", "add", "left", "type", "veth", "peer", "name", "right"])
