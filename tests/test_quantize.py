@@ -10,12 +10,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEMO, ROOT, TOKENIZER, generated, make_sampling, new_engine, random_model, run_cli
-from demo.train import held_out_text
+from demo.train import is_held_out
 
 import kernels
 from benchmarks.quality import MODES, bits_per_weight, compare, possible
@@ -55,7 +56,7 @@ def test_least_squares_is_never_worse_than_min_max_and_clearly_better_on_the_who
     before = group_errors(weight, groupsize)
     assert (after <= before).all()
     gain = 1 - (after.sum() / before.sum()).sqrt().item()
-    assert gain >= {32: 0.06, 64: 0.05, 128: 0.05, 256: 0.05}[groupsize]
+    assert gain >= {32: 0.065, 64: 0.05, 128: 0.05, 256: 0.05}[groupsize]
 
 
 def test_int8_error_is_half_a_step() -> None:
@@ -109,8 +110,8 @@ def test_products_equal_those_with_the_dequantized_weight(channels: int, dtype: 
 
 @pytest.fixture(scope="module")
 def held_out() -> str:
-    """Text that the demo checkpoints were not trained on; to find it takes seconds."""
-    return held_out_text(5000)
+    """Manual topics that the demo checkpoints were not trained on, as demo.train's held_out_text begins."""
+    return "\n".join(text for name, text in topics.items() if is_held_out(f"topic {name}"))[:5000]
 
 
 @pytest.fixture(scope="module")
