@@ -109,8 +109,7 @@ def write_checkpoint(path: Path, header: dict, tensors: dict[str, Tensor], fill:
                 os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
         except (OSError, RuntimeError) as error:  # torch.save says with a RuntimeError what the disk does not take
             size = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
-            reason = str(error).splitlines()[0]
-            raise OSError(f"{path} was not written: it takes {size:.2f} GB of disk ({reason})") from error
+            raise OSError(f"{path} was not written: it takes {size:.2f} GB of disk ({str(error)[:99]})") from error
         with set_default_mmap_options(mmap.MAP_SHARED):
             fill(torch.load(temporary, mmap=True, weights_only=True)["model"])
         with open(temporary, "rb") as file:

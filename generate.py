@@ -11,7 +11,7 @@ import resource
 import sys
 import terminal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import product
@@ -157,7 +157,7 @@ class Speculation:
         self.seconds[tried] = self.DECAY * self.seconds[tried] + seconds
 
     def advance(self, engine: Engine, ids: list[int], room: int, sampling: Sampling) -> list[int]:
-        """The tokens that follow `ids`: one, and of at most `room` guesses those that stand, in one pass of the engine."""
+        """The tokens that follow `ids`: one, and of at most `room` guesses those that stand, in one pass."""
         count = tp.agree(lambda: self.choose(room))  # the first rank's clock decides
         paused = not self.rounds or self.rounds[-1][0] == 0
         if count and paused:  # a draft reads now what it has missed, or that would be taken for the cost of a guess
@@ -173,16 +173,14 @@ class Speculation:
         return samples[: accepted + 1]
 
 
-def generate(
-    engine: Engine, prompt: list[int], max_new_tokens: int, eos_id: int | None, sampling: Sampling, speculation=None
-) -> Iterator[int]:
+def generate(engine: Engine, prompt: list[int], limit: int, eos_id: int | None, sampling: Sampling, speculation=None):
     """Yield the tokens that follow `prompt`, of which the engine may hold a beginning (Engine.rewind comes first).
 
     Each is the model's own sample given all before it, guessed or not. They end before the token `eos_id` (None: there
-    is no such token), after `max_new_tokens`, or where the context ends, with the token behind its last position.
+    is no such token), after `limit` tokens, or where the context ends, with the token behind its last position.
     """
     ids = list(prompt)
-    end = min(len(prompt) + max_new_tokens, engine.model.args.max_seq_length + 1)
+    end = min(len(prompt) + limit, engine.model.args.max_seq_length + 1)
     tokens = engine.extend(prompt, sampling)
     while True:
         for token in tokens:
@@ -267,7 +265,7 @@ class Session:
         return Conversation(self.tokenizer, self.checkpoint.args.max_seq_length, self.system, template)
 
     def answer(self, prompt: list[int], i: int = 0) -> list[int]:
-        """Print the text that follows `prompt` as it comes, with seed + i; its ids. In a conversation Ctrl-C ends it."""
+        """Print the text that follows `prompt` as it comes, with seed + i; its ids. Ctrl-C ends it where one may."""
         engine, stream, answer = self.engines[0], TextStream(self.tokenizer), Answer(len(prompt))
         may_interrupt = self.args.interactive and tp.ranks() == (0, 1)  # torchrun ends its ranks on Ctrl-C
         eos_id = None if self.args.ignore_eos else self.tokenizer.eos_id
@@ -305,9 +303,8 @@ class Session:
         tried, accepted = (sum(each[i] for each in rounds) for i in (0, 1))
         weights = self.engines[0].model.state_dict()
         size = sum(weight.nbytes for name, weight in weights.items() if name != "tok_embeddings.weight")
-        peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.3f} GB (RSS)"
-        if self.args.device == "cuda":
-            peak = f"{torch.cuda.max_memory_allocated() / 1e9:.3f} GB (CUDA)"
+        cuda = self.args.device == "cuda"
+        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         guesses = f"\nGuesses: {tried} tried, {accepted} accepted, {decoded} tokens in {len(rounds)} passes"
         return f"""Prompt tokens: {answer.prompt} (cached {answer.cached} of {answer.prompt})
 Time to first token: {first:.3f} s
@@ -315,11 +312,11 @@ Prefill: {(answer.prompt - answer.cached) / first:.2f} tokens/s
 Decode: {decoded / seconds:.2f} tokens/s ({len(answer.ids)} tokens in {last:.2f} s)
 Weights read: {len(rounds) * size / seconds / 1e9:.2f} GB/s{guesses if self.speculation else ""}
 Stopped: {answer.why}
-Peak memory: {peak}"""
+Peak memory: {peak / 1e9:.3f} GB ({"CUDA" if cuda else "RSS"})"""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Generate text from a checkpoint.")
+    parser = argparse.ArgumentParser(description="Generate text from a checkpoint.", allow_abbrev=False)
     add = parser.add_argument
     add("--checkpoint_path", type=Path, required=True, help="model.pth, or what quantize.py made of it")
     add("--prompt", action="append", help='text to go on with, @FILE, or "-" for standard input; may be repeated')

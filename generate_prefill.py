@@ -30,7 +30,8 @@ PROMPTS = ["12 * 12 =", "41 * 41 ="]
 
 
 class Store:
-    """Files in the subfolder llama_prefixes of a folder: at most `budget` bytes, the least recently used go first. Several processes may share it.
+    """Files in the subfolder llama_prefixes of a folder: at most `budget` bytes, of which the least recently used go
+    first. Several processes may share it.
 
     What is damaged, cut short or renamed is not used. The files hold what users typed, so nobody else may read them.
     Only files that a Store wrote are ever deleted: they have its kind of name and begin with MAGIC. Trouble is told
@@ -43,8 +44,6 @@ class Store:
         self.folder = folder / "llama_prefixes"
         self.budget = budget
         self.told = False
-        if not self.folder.exists():
-            print(f"prefixes are stored in {self.folder}: --cache_gb limits it, --no_cache avoids it", file=sys.stderr)
 
     @contextmanager
     def trouble_told(self) -> Iterator[None]:
@@ -76,7 +75,9 @@ class Store:
         """Mark a file as used, stored before if it is not there; one of a greater `age` (in ns) goes before others."""
         path = self.folder / name
         if not path.exists():
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not self.folder.exists():
+                print(f"prefixes are stored in {self.folder}: --cache_gb limits, --no_cache avoids it", file=sys.stderr)
+                self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             part = part.contiguous()
             content = ctypes.string_at(part.data_ptr(), part.nbytes)
             with terminal.replacing(path, mode=0o600) as temporary:
@@ -86,7 +87,7 @@ class Store:
 
     def trim(self) -> None:
         """Delete the least recently used files until the others fit the budget, and what killed processes left."""
-        terminal.delete_abandoned(self.folder, ".*.kv.*.tmp")
+        terminal.delete_abandoned(self.folder, ".*.kv.[0-9]*.tmp")
         files = {path: path.lstat() for path in self.folder.glob("?" * 64 + ".kv")}
         total = sum(status.st_size for status in files.values())
         for path, status in sorted(files.items(), key=lambda item: item[1].st_mtime_ns):
@@ -107,8 +108,8 @@ class CachedEngine(Engine):
 
     def blocks(self, ids: list[int]) -> Iterator[tuple[int, str, Tensor]]:
         """For each whole block of `ids`: its begin, its name, and its part [n_layer, 2, n_kv_head, BLOCK, head_dim]."""
-        about = self.checkpoint
-        name = f"{about.header['id']} {about.args} {self.cache.dtype} {self.cache.device.type} {tp.ranks()}"
+        cache, checkpoint = self.cache, self.checkpoint
+        name = f"{checkpoint.header['id']} {checkpoint.args} {cache.dtype} {cache.device.type} {tp.ranks()}"
         for start in range(0, len(ids) - BLOCK + 1, BLOCK):
             name = hashlib.sha256(f"{name} {ids[start : start + BLOCK]}".encode()).hexdigest()
             yield start, f"{name}.kv", self.cache[:, :, 0, :, start : start + BLOCK]
@@ -154,11 +155,10 @@ def main() -> None:
     if args.cache_dir == "":  # which would mean the working directory
         parser.error("argument --cache_dir: it is empty: give a folder")
     if not (args.system or args.prompt or args.interactive):
-        args.system = SYSTEM
-        args.prompt = PROMPTS
-    store = None
-    if not args.no_cache and args.device == "cpu":  # on CUDA it takes longer to read a prefix than to compute it
-        store = Store(Path(args.cache_dir or args.checkpoint_path.parent), int(args.cache_gb * 1e9))
+        args.system, args.prompt = SYSTEM, PROMPTS
+    stores = not args.no_cache and args.device == "cpu"  # on CUDA it takes longer to read a prefix than to compute it
+    folder = Path(args.cache_dir or args.checkpoint_path.parent)
+    store = Store(folder, int(args.cache_gb * 1e9)) if stores else None
     session = answer_all(args, partial(CachedEngine, store=store))
     print("answer  cached  computed  first token", file=sys.stderr)
     for i, each in enumerate(session.answers, 1):

@@ -85,19 +85,20 @@ def quantize(checkpoint: Checkpoint, quantization: dict, device: str, path: Path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Quantize a checkpoint to 8 or 4 bits, into a file beside it.")
+    parser = argparse.ArgumentParser(description="Quantize a checkpoint to 8 or 4 bits, beside it.", allow_abbrev=False)
     add = parser.add_argument
     add("--checkpoint_path", type=Path, required=True, help="model.pth, as scripts/prepare.sh made it")
     add("--mode", choices=["int8", "int4"], default="int8", help="int8 per channel, or int4 in groups (int8)")
     add("--groupsize", type=int, choices=GROUPSIZES, default=32, help="of int4: smaller is better and larger (32)")
     add("--device", choices=DEVICES, default="cpu", help="what computes; names an int4 file, which runs on both (cpu)")
     args = parser.parse_args()
+    checkpoint = read_checkpoint(args.checkpoint_path)
     quantization, suffix = {"mode": "int8"}, "int8"
     if args.mode == "int4":
         quantization = {"mode": "int4", "groupsize": args.groupsize}
         suffix = f"int4.g{args.groupsize}.{args.device}"
     path = args.checkpoint_path.with_name(f"{args.checkpoint_path.stem}_{suffix}.pth")
-    quantize(read_checkpoint(args.checkpoint_path), quantization, args.device, path)
+    quantize(checkpoint, quantization, args.device, path)
     print(f"wrote {path}", file=sys.stderr)
 
 

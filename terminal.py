@@ -5,7 +5,6 @@ It knows nothing of models. A script imports it before torch for the sake of the
 
 import argparse
 import fcntl
-import glob
 import math
 import os
 import signal
@@ -15,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TextIO
 
 from tqdm import tqdm
 
@@ -23,7 +21,7 @@ warnings.simplefilter("ignore")  # torch warns on import where numpy is missing,
 progress = partial(tqdm, leave=False, disable=None)  # (items, what): the items, counted where stderr is a terminal
 
 
-def status_of(main: Callable[[], None], errors: TextIO | None = None, blame: str = "") -> int:
+def status_of(main: Callable[[], None], errors: object = None, blame: str = "") -> int:
     """Call a script's `main`: its exit status.
 
     What a user can cause ends in one line on `errors` (stderr) and status 1, Ctrl-C in status 130, SIGTERM and SIGHUP
@@ -69,19 +67,25 @@ def number(low: float, high: float = math.inf, kind: type = int) -> Callable[[st
             raise argparse.ArgumentTypeError(f"{text}: must be from {low} to {high}")
         return value
 
+    parse.__name__ = kind.__name__  # argparse says so where `kind` refuses the text
     return parse
 
 
 @contextmanager
 def reading(name: Path | str, cure: str) -> Iterator[None]:
-    """Turn what missing, foreign or damaged input makes a library raise into one ValueError: name, reason and cure."""
+    """Turn what missing, foreign or damaged input makes a library raise into one ValueError: name, reason and cure.
+
+    What we raise ourselves inside has a cure of its own.
+    """
     try:
         yield
     except (MemoryError, PermissionError):  # these say what is wrong, and the cure would not fit
         raise
     except Exception as error:  # there is no end to what damaged files make parsers raise
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".removeprefix("ValueError: ")
-        raise ValueError(f"{name}: {reason[:200]}; {cure}") from error
+        if type(error) is ValueError:
+            raise ValueError(f"{name}: {error}") from error
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise ValueError(f"{name}: {reason.split('. ')[0][:200]}; {cure}") from error
 
 
 def decode_text(data: bytes, name: str) -> str:
@@ -99,7 +103,8 @@ def read_text(argument: str, name: str) -> str:
         text = decode_text(sys.stdin.buffer.read(), name).removesuffix("\n")
     elif argument.startswith("@"):
         with reading(f"{name} {argument}", 'name a file behind the @, or give text that begins with @ through "-"'):
-            text = decode_text(Path(argument[1:]).read_bytes(), name).removesuffix("\n")
+            data = Path(argument[1:]).read_bytes()
+        text = decode_text(data, f"{name} {argument}").removesuffix("\n")
     else:
         text = decode_text(os.fsencode(argument), name)
     if not text:
@@ -124,7 +129,7 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[Path]:
     file that it points to is replaced. OSError with the reason where there cannot be such a file.
     """
     path = path.resolve()
-    delete_abandoned(path.parent, f".{glob.escape(path.name)}.*.tmp")
+    delete_abandoned(path.parent, f".*{path.suffix}.[0-9]*.tmp")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, mode), "rb") as file:
         try:

@@ -4,13 +4,8 @@ import codecs
 
 import sentencepiece
 
-
-def replace_each_byte(error: UnicodeError) -> tuple[str, int]:
-    """A decoding error handler: one replacement character for each byte, as sentencepiece has it."""
-    return "\N{REPLACEMENT CHARACTER}" * (error.end - error.start), error.end
-
-
-codecs.register_error("replace each byte", replace_each_byte)
+# One replacement character for each byte that belongs to none, as sentencepiece has it.
+codecs.register_error("replace each byte", lambda error: ("\ufffd" * (error.end - error.start), error.end))
 
 
 class Tokenizer:

@@ -27,9 +27,7 @@ IS_RANK = os.environ.keys() >= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR
 
 def ranks() -> tuple[int, int]:
     """This process's rank, and how many there are: (0, 1) without torchrun."""
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def join(device: str) -> None:

@@ -1,5 +1,5 @@
 // How fast all cores together read memory, in GB/s: the ceiling of decoding at batch size 1. Prints one figure a line.
-//   g++ -O3 -march=native -fopenmp tests/read_bandwidth.cpp -o read_bandwidth && ./read_bandwidth [rounds]
+//   g++ -O3 -march=native -fopenmp benchmarks/read_bandwidth.cpp -o read_bandwidth && ./read_bandwidth [rounds]
 #include <chrono>
 #include <cstdint>
 #include <cstdio>

@@ -26,7 +26,7 @@ class Linear(nn.Module):
         self.register_buffer("minimum", None)
 
     def store(self, bits: int, groupsize: int) -> None:
-        """Say how the weight is stored, before it is loaded: in 16 bits (as it is), 8, or 4 in groups of `groupsize`."""
+        """Say how the weight is stored, before it is loaded: in 16 bits (as it is), 8, or 4 by groups."""
         if bits == 8:
             self.weight = torch.empty(self.n_out, self.n_in, dtype=torch.int8)
             self.scale = torch.empty(self.n_out, dtype=torch.float32)

@@ -54,11 +54,12 @@ def cores() -> int:
 
 def compile_to(path: Path, flags: list[str]) -> None:
     """Compile cpu.cpp into the shared library `path`. ValueError names what is wrong with the compiler."""
-    command = [*shlex.split(COMPILER), *flags, str(SOURCE), "-o", str(path)]
     try:
+        command = [*shlex.split(COMPILER), *flags, str(SOURCE), "-o", str(path)]
         subprocess.run(command, check=True, capture_output=True, text=True)
-    except OSError as error:
-        raise ValueError(f"{COMPILER}: {error.strerror}: install a C++ compiler, or name one in CXX") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{COMPILER}: {reason}: install a C++ compiler, or name one in CXX") from error
     except subprocess.CalledProcessError as error:
         said = (error.stderr.splitlines() or [f"status {error.returncode}"])[-1]
         raise ValueError(f"{COMPILER} does not compile cpu.cpp ({said}): it takes GCC 11 or later") from error

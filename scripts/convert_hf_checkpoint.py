@@ -134,7 +134,7 @@ def copy(name: str, read: Callable[[], Tensor], place: Tensor) -> None:
     with terminal.reading(name, "its file is cut short or damaged: download it again"):
         tensor = read()
     if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
-        raise ValueError(f"{name} is stored as {tensor.dtype}: only floating point of 16 bits or more is supported")
+        raise ValueError(f"{name} is not stored in floating point of 16 bits or more, which is all that is supported")
     if tensor.shape != place.shape:
         raise ValueError(f"{name} has the shape {list(tensor.shape)}, but config.json asks for {list(place.shape)}")
     place.copy_(tensor)
@@ -174,7 +174,7 @@ def convert(folder: Path, precision: str) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Convert a Hugging Face Llama checkpoint to model.pth beside it.")
+    parser = argparse.ArgumentParser(description="Convert a Hugging Face Llama checkpoint.", allow_abbrev=False)
     add = parser.add_argument
     add("--checkpoint_dir", type=Path, required=True, help="directory in Hugging Face layout")
     add("--precision", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights (bfloat16)")

@@ -1,4 +1,4 @@
-"""What several test modules need: the bundled demo checkpoints, random Llamas of transformers, engines, command lines."""
+"""What several test modules need: the bundled demo checkpoints, random Llamas, engines, command lines."""
 
 import os
 import shutil
@@ -112,9 +112,7 @@ def generated(
 def run_cli(*words: object, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
     """Run a script of the repository as a user does, from its root: its name, then its flags."""
     command = [sys.executable, *map(str, words)]
-    return subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=check
-    )
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=check)
 
 
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:

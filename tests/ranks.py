@@ -77,7 +77,7 @@ def answers(path: Path, prompts: list[list[int]]) -> dict:
 
 
 def rounded(path: Path, prompt: list[int]) -> dict:
-    """What a model says in bfloat16, plain and with a draft's guesses; its logits of six rows, one by one and at once."""
+    """What a model says in bfloat16, plain and with a draft's guesses; logits of six rows, one by one and at once."""
     engine, draft = (
         load(path.with_name(name), dtype=torch.bfloat16) for name in ("target_float.pth", "target.draft.pth")
     )

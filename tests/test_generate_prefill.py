@@ -41,7 +41,7 @@ def cached_engine(folder: Path, budget: int = GB, model: Transformer = MODEL, ro
 
 
 def answer(engine: CachedEngine, prompt: list[int], count: int = 12, speculation: Speculation | None = None) -> tuple:
-    """The ids that follow, the tokens of the prompt that ran, and those that were cached; the engine then keeps them."""
+    """The ids that follow, the tokens of the prompt that ran, and those cached; the engine then keeps them."""
     rows, run = [], type(engine).run
     engine.run = lambda ids, *rest, **more: (rows.append(len(ids)), run(engine, ids, *rest, **more))[1]
     engine.rewind(prompt)

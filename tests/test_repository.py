@@ -84,7 +84,7 @@ def counts() -> dict[str, int]:
 
 
 def test_line_budgets() -> None:
-    """Under 1,000 lines of Python, and in kernels/ at most 250 of Python and 450 of C++; the README states the counts."""
+    """Under 1,000 lines of Python, in kernels/ at most 250 of Python and 450 of C++; the README states them."""
     found = counts()
     assert found["python"] < 1000
     assert found["kernels"] <= 250
