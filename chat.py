@@ -65,8 +65,7 @@ def converse(talk: Conversation, answer: Callable[[list[int]], list[int]], stati
             elif line == "/stats":
                 print(statistics(), file=sys.stderr)
             elif line:
-                text = terminal.decode_text(line.encode("utf-8", "surrogateescape"), "what was said")
-                prompt = talk.prompt(text)
+                prompt = talk.prompt(terminal.decode_text(line.encode("utf-8", "surrogateescape"), "what was said"))
                 talk.add(prompt, answer(prompt))
                 if len(talk.ids) >= talk.context:
                     print(f"the context of {talk.context} tokens is full: /clear starts anew", file=sys.stderr)

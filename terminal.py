@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-warnings.simplefilter("ignore")  # torch warns on import where numpy is missing, which nothing here needs
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # by torch when it is imported; nothing here needs it
 progress = partial(tqdm, leave=False, disable=None)  # (items, what): the items, counted where stderr is a terminal
 
 
@@ -28,6 +28,7 @@ def status_of(main: Callable[[], None], errors: object = None, blame: str = "") 
     in 128 + their number. A RuntimeError is a fault of ours and keeps its traceback, unless memory ran out, or
     `blame` says what else it is put down to.
     """
+    warnings.simplefilter("ignore")  # what is wrong, we say
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # what nohup ignores stays ignored
             signal.signal(number, lambda number, frame: sys.exit(128 + number))  # so temporary files are deleted
