@@ -76,8 +76,8 @@ class Store:
         path = self.folder / name
         if not path.exists():
             if not self.folder.exists():
-                print(f"prefixes are stored in {self.folder}: --cache_gb limits, --no_cache avoids it", file=sys.stderr)
                 self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                print(f"prefixes are stored in {self.folder}: --cache_gb limits, --no_cache avoids it", file=sys.stderr)
             part = part.contiguous()
             content = ctypes.string_at(part.data_ptr(), part.nbytes)
             with terminal.replacing(path, mode=0o600) as temporary:

@@ -57,7 +57,6 @@ def run(main: Callable[[], None]) -> None:
         errors = sys.stderr
 
     status = terminal.status_of(main, errors, "a rank has ended, or is out of reach")
-    errors.flush()
     os._exit(status)  # the threads of a process group abort an interpreter that winds up
 
 

@@ -657,6 +657,7 @@ UNUSUAL = {
     "a conversation with NaN": Case(
         f"{GENERATE} --interactive", "not finite: try", norm(torch.full((64,), torch.nan)), status=0, stdin=b"a"
     ),
+    "torch.compile is disabled": Case(f"TORCH_COMPILE_DISABLE=1 {GENERATE} --compile --compile_prefill", **ANSWERS),
     "LOCAL_RANK is left": Case(f"LOCAL_RANK=0 {GENERATE}", **ANSWERS),
     "run as a file": Case(
         "cd $DIR/..; python $ROOT/scripts/convert_hf_checkpoint.py --checkpoint_dir $DIR", **CONVERTED

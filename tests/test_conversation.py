@@ -93,6 +93,7 @@ def assert_one_transcript(session: Session, turns: list[Turn], cut: int | None =
         assert later.prompt[: len(said)] == said
 
 
+SLOW = (pytest.mark.slow,)
 PATHS = {
     "plain": ("float32", []),
     "greedy": ("float32", ["--temperature", 0]),
@@ -107,7 +108,10 @@ PATHS = {
 }
 
 
-@pytest.mark.parametrize("weights, flags", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize(
+    "weights, flags",
+    [pytest.param(*path, id=name, marks=SLOW if name == "compiled" else ()) for name, path in PATHS.items()],
+)
 def test_turn_by_turn_is_one_pass_over_the_transcript(
     chat: dict[str, Path], weights: str, flags: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -186,7 +186,7 @@ def test_dequantized_slabs_equal_pytorch(library, dtype: torch.dtype, monkeypatc
 
 
 @pytest.mark.parametrize("weights", ["target", "int8", "int4"])
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 @torch.inference_mode()
 def test_what_is_verified_at_once_equals_what_is_decoded_one_by_one(demo, weights: str, compiled: bool) -> None:
     """Logits of the whole model in bfloat16, bit for bit: 2 to 16 rows against single ones."""
@@ -211,14 +211,16 @@ def test_what_is_verified_at_once_equals_what_is_decoded_one_by_one(demo, weight
 
 
 SIZES = {  # at and beyond what the kernels have room for: (n_in, groupsize), and head_dim
-    "products": [(32, 32), (48, 0), (33, 0), (512, 16), (768, 48), (cpu.SCRATCH, 0), (cpu.SCRATCH + 32, 0)],
+    "products": [(32, 32), (48, 0), (33, 0), (512, 16), (768, 48), (4096, 0), (4128, 0)],
     "heads": [2, 62, cpu.MAX_HEAD_DIM, cpu.MAX_HEAD_DIM + 2, 2048],
 }
 
 
 @pytest.mark.parametrize("n_in, groupsize", SIZES["products"])
-def test_a_size_that_the_kernels_do_not_take_goes_to_pytorch(n_in: int, groupsize: int) -> None:
+def test_a_size_that_the_kernels_do_not_take_goes_to_pytorch(n_in: int, groupsize: int, monkeypatch) -> None:
     """One row and many, in bfloat16 and float32: the product of the restored weight all the same."""
+    monkeypatch.setattr(cpu, "SCRATCH", 4096)
+    cpu._scratch.cache_clear()
     weight = stored(normal(2, n_in) * 0.02, 4 if groupsize else 8, groupsize)
     for rows in (1, 65):
         for dtype in (torch.bfloat16, torch.float32):
@@ -226,6 +228,7 @@ def test_a_size_that_the_kernels_do_not_take_goes_to_pytorch(n_in: int, groupsiz
             exact = x.double() @ kernels.dequantize(*weight, torch.float32).double().T
             error = (multiply(x, *weight).double() - exact).abs().max()
             assert error <= 2**-6 * exact.abs().max() + 1e-3 * n_in**0.5 * 0.02, (rows, dtype)
+    cpu._scratch.cache_clear()
 
 
 @pytest.mark.parametrize("head_dim", SIZES["heads"])
@@ -247,6 +250,7 @@ def test_a_build_that_does_not_load_is_built_again(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_where_no_folder_takes_the_build_it_is_kept_in_memory(tmp_path: Path, monkeypatch, capsys) -> None:
     """A cache folder that cannot be made, and a user without a home; one line says why."""
     for name, value in (("XDG_CACHE_HOME", "/dev/null/cache"), ("XDG_CACHE_HOME", "")):
@@ -288,6 +292,7 @@ def test_a_containers_quota_is_seen(tmp_path: Path, monkeypatch, files: dict[str
     assert cpu.cores() == min(3, int(cpus) if cpus < 3 else 3)
 
 
+@pytest.mark.slow
 def test_another_source_flag_or_cpu_gets_another_build(tmp_path: Path, monkeypatch) -> None:
     cpu.build(tmp_path, cpu.FLAGS)
     cpu.build(tmp_path, [*cpu.FLAGS, "-DPORTABLE"])
@@ -296,6 +301,7 @@ def test_another_source_flag_or_cpu_gets_another_build(tmp_path: Path, monkeypat
     assert len(list(tmp_path.glob("*.so"))) == 3
 
 
+@pytest.mark.slow
 def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
     code = "from kernels import cpu; import sys; sys.exit(cpu.library() is None)"
     command, environment = [sys.executable, "-c", code], os.environ | {"XDG_CACHE_HOME": str(tmp_path)}

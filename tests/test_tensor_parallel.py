@@ -179,15 +179,7 @@ def alone(*words: str | Path, text: str | None = None) -> subprocess.CompletedPr
 
 
 def test_torchrun_answers_like_python_and_only_rank_0_speaks(folder: Path) -> None:
-    words = [
-        "--compile",
-        "--checkpoint_path",
-        folder / "target_float.pth",
-        "--precision",
-        "float32",
-        "--max_new_tokens",
-        "20",
-    ]
+    words = ["--checkpoint_path", folder / "target_float.pth", "--precision", "float32", "--max_new_tokens", "20"]
     words += ["--prompt", "-"]
     usual = alone("generate.py", *words, text=TEXT)
     process = torchrun(2, "generate.py", *words, stdin=subprocess.PIPE)
