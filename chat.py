@@ -1,4 +1,4 @@
-"""A conversation in a terminal: what was said until now, as token ids, and the lines that are typed."""
+"""A conversation in a terminal: its text until now, as token ids, and the lines that are typed."""
 
 import sys
 import terminal
@@ -12,7 +12,7 @@ from tokenizer import Tokenizer, closing_ids, turn_ids
 
 @dataclass
 class Conversation:
-    """The ids of a conversation. What the model said is never tokenized again, so its cache goes on where it stands."""
+    """The ids of a conversation. The model's words are never tokenized again, so its cache goes on where it stands."""
 
     tokenizer: Tokenizer
     context: int  # tokens that the model can take
@@ -48,9 +48,9 @@ def listen() -> str | None:
 
 
 def converse(talk: Conversation, answer: Callable[[list[int]], list[int]], statistics: Callable[[], str]) -> None:
-    """Answer what standard input says, line by line; `answer` (prompt) prints and gives the ids that follow a prompt.
+    """Answer the lines of standard input; `answer` (prompt) prints, and returns the ids that follow a prompt.
 
-    End of input ends it, and so does Ctrl-C, but for one that ends an answer: what was said until then stays.
+    End of input ends it, and so does Ctrl-C. But during an answer Ctrl-C ends that answer only, and the words stay.
     """
     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape", newline="\n")
     talk.prompt("")  # ValueError now, if --system leaves no room

@@ -1,4 +1,4 @@
-"""The checkpoint file: what it says of itself, how it is written, read and loaded.
+"""The checkpoint file: its fields, how it is written, read and loaded.
 
 It is a torch.save file of: config (ModelArgs), quantization (None for 16 bits, {"mode": "int8"}, or {"mode": "int4",
 "groupsize": n}), tokenizer (a sentencepiece model), chat (whether it talks in Llama-2's template), id (of these very
@@ -60,7 +60,7 @@ def empty_model(args: ModelArgs, quantization: dict | None, dtype: torch.dtype) 
 
 
 def kinds(tensors: dict[str, Tensor]) -> dict:
-    """What of the tensors has to be as config and quantization say."""
+    """The properties of tensors that config and quantization determine: shape, and float or integer."""
     return {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in tensors.items()}
 
 
@@ -80,7 +80,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def load_model(checkpoint: Checkpoint, device: str, dtype: torch.dtype, shard: Callable | None = None) -> Transformer:
-    """The model of a checkpoint on `device`. Float weights become `dtype`; what need not change stays mapped.
+    """The model of a checkpoint on `device`. Float weights become `dtype`; tensors that need no change stay mapped.
 
     `shard` (name, tensor) gives the part of a tensor that is loaded (all); `checkpoint.args` are those of the part.
     """
@@ -95,7 +95,7 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: torch.dtype, shard: C
 
 
 def write_checkpoint(path: Path, header: dict, tensors: dict[str, Tensor], fill: Callable[[dict], None]) -> None:
-    """Write a checkpoint to `path`, whole or not at all, in the memory of what `fill` holds at a time.
+    """Write a checkpoint to `path`, whole or not at all, in the memory that `fill` takes at a time.
 
     `header` has all fields but id and model. `tensors` are untouched torch.empty ones (a tensor under two names is
     stored once). The file is laid out with their shapes and its blocks are reserved, so that a full disk is an OSError
@@ -107,7 +107,7 @@ def write_checkpoint(path: Path, header: dict, tensors: dict[str, Tensor], fill:
                 torch.save({**header, "id": os.urandom(16).hex(), "model": tensors}, temporary)
             with open(temporary, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
-        except (OSError, RuntimeError) as error:  # torch.save says with a RuntimeError what the disk does not take
+        except (OSError, RuntimeError) as error:  # torch.save has only RuntimeError for a full disk
             size = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
             raise OSError(f"{path} was not written: it takes {size:.2f} GB of disk ({str(error)[:99]})") from error
         with set_default_mmap_options(mmap.MAP_SHARED):

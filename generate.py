@@ -2,7 +2,7 @@
 
     python generate.py --compile --checkpoint_path checkpoints/$MODEL_REPO/model.pth --prompt "Hello, my name is"
 
-Token ids go in and come out of `generate`; what knows text, flags and the terminal begins with `Session`.
+Token ids go in and come out of `generate`; text, flags and the terminal begin with `Session`.
 """
 
 import argparse
@@ -41,18 +41,18 @@ def step(model: Transformer, tokens: Tensor, input_pos: Tensor, cache: Tensor, s
 class Engine:
     """A model, the cache of one sequence, and the tokens whose keys and values are in it.
 
-    The one place that knows what need not run again: a prompt is given whole, as is a conversation, or what a draft has
-    not seen yet, and only what the cache does not hold passes through the model.
+    It alone decides which tokens need not run again: prompts and conversations are given whole, to a draft as well, and
+    only the tokens that the cache does not hold pass through the model.
     """
 
     model: Transformer
     cache: Tensor
     ids: list[int] = field(default_factory=list)
-    compiled: dict[str, Callable] = field(default_factory=dict)  # steps by name; what is not there runs eagerly
+    compiled: dict[str, Callable] = field(default_factory=dict)  # steps by name; the others run eagerly
     checkpoint: Checkpoint | None = None  # where the model is from
 
     def rewind(self, ids: list[int]) -> None:
-        """Keep what begins like `ids`, but for the last of them: its logits are wanted, so it has to run."""
+        """Keep the beginning in common with `ids`, without their last: its logits are wanted, so it has to run."""
         if self.ids != ids[: len(self.ids)] or len(self.ids) == len(ids):
             self.ids = os.path.commonprefix([self.ids, ids[:-1]])
 
@@ -78,18 +78,18 @@ class Engine:
         return samples
 
     def extend(self, ids: list[int], sampling: Sampling) -> list[int]:
-        """Run what is missing of the sequence `ids`, in chunks; the token [1] sampled after the last."""
+        """Run the tokens of the sequence `ids` that have not run, in chunks; the token [1] sampled after the last."""
         for start in range(len(self.ids), len(ids), PREFILL_ROWS):
             samples = self.run(ids[start : start + PREFILL_ROWS], sampling)
         return samples
 
     def guess(self, ids: list[int], count: int, sampling: Sampling) -> list[int]:
-        """Up to `count` tokens that follow `ids`, as far as the context goes: what a draft does."""
+        """Up to `count` tokens that follow `ids`, as far as the context goes: the work of a draft."""
         self.rewind(ids)
         return list(generate(self, ids, count, None, sampling)) if len(ids) <= self.model.args.max_seq_length else []
 
     def keep(self, ids: list[int]) -> None:
-        """Called with the whole sequence when an answer has ended. The cache keeps what it holds anyway."""
+        """Called with the whole sequence when an answer has ended. The cache keeps it anyway."""
 
     def compile(self, names: list[str], sampling: Sampling) -> None:
         """Compile these steps: one row (decode), some rows with all their samples (verify), any rows (prefill)."""
@@ -102,9 +102,9 @@ class Engine:
 
 
 def prompt_lookup(ids: list[int], count: int, sampling: Sampling) -> list[int]:
-    """Guesses without a draft: what followed the last few of `ids` where they, as many as possible, stood before.
+    """Guesses without a draft: the tokens behind an earlier place of the last few of `ids`, as many as possible.
 
-    What follows may be short: then it is taken to go round. https://github.com/apoorvumang/prompt-lookup-decoding
+    If these are fewer than `count`, they are repeated. https://github.com/apoorvumang/prompt-lookup-decoding
     """
     text = "".join(map(chr, ids))  # str.rfind is the fastest search in a sequence that Python has
     for length in range(5, 1, -1):
@@ -118,8 +118,8 @@ def prompt_lookup(ids: list[int], count: int, sampling: Sampling) -> list[int]:
 class Speculation:
     """How many tokens to guess before the model verifies them in one pass: as many as were fastest until now.
 
-    `guess` (ids, count, sampling) -> guesses is an Engine's (a draft) or prompt_lookup. The model decides what
-    stands, so nothing here can change the text; https://arxiv.org/abs/2408.07978 has the coupling by shared noise.
+    `guess` (ids, count, sampling) -> guesses is an Engine's (a draft) or prompt_lookup. The model decides
+    which stand, so nothing here can change the text; https://arxiv.org/abs/2408.07978 has the coupling by shared noise.
     """
 
     EVERY = 32  # passes until a number of guesses beside the fastest is tried again
@@ -151,7 +151,7 @@ class Speculation:
         return fastest
 
     def learn(self, tried: int, accepted: int, seconds: float) -> None:
-        """Note what a pass with `tried` guesses gave and took."""
+        """Note the tokens and the seconds of a pass with `tried` guesses."""
         self.rounds.append((tried, accepted))
         self.trials[tried] += 1
         self.tokens[tried] = self.DECAY * self.tokens[tried] + accepted + 1
@@ -161,7 +161,7 @@ class Speculation:
         """The tokens that follow `ids`: one, and of at most `room` guesses those that stand, in one pass."""
         count = tp.agree(lambda: self.choose(room))  # the first rank's clock decides
         paused = not self.rounds or self.rounds[-1][0] == 0
-        if count and paused:  # a draft reads now what it has missed, or that would be taken for the cost of a guess
+        if count and paused:  # a draft reads the tokens it has missed now: they are not the cost of a guess
             self.guess(ids, 1, sampling)
         start = time.perf_counter()
         guesses = self.guess(ids, count, sampling) if count else []
@@ -199,7 +199,7 @@ def generate(engine: Engine, prompt: list[int], limit: int, eos_id: int | None, 
 
 @dataclass
 class Answer:
-    """What is known of an answer, for its statistics."""
+    """Figures of one answer."""
 
     prompt: int  # tokens
     cached: int = 0  # of these, which did not run
@@ -209,9 +209,9 @@ class Answer:
 
 
 class Session:
-    """What the command line asks for, checked, loaded and compiled: everything that an answer needs but its prompt.
+    """The models that the command line names, loaded and compiled: everything that an answer needs but its prompt.
 
-    ValueError names what is missing or does not fit. `make_engine` (model, cache, checkpoint=) makes a model's engine.
+    ValueError names a file or flag that does not fit. `make_engine` (model, cache, checkpoint=) makes a model's engine.
     """
 
     def __init__(self, args: argparse.Namespace, make_engine: Callable = Engine) -> None:

@@ -33,7 +33,7 @@ class Store:
     """Files in the subfolder llama_prefixes of a folder: at most `budget` bytes, of which the least recently used go
     first. Several processes may share it.
 
-    What is damaged, cut short or renamed is not used. The files hold what users typed, so nobody else may read them.
+    A file that is damaged, cut short or renamed is not used. The files hold users' words, so nobody else may read them.
     Only files that a Store wrote are ever deleted: they have its kind of name and begin with MAGIC. Trouble is told
     once, in one line on stderr.
     """
@@ -56,7 +56,7 @@ class Store:
                 self.told = True
 
     def seal(self, name: str, content: bytes) -> bytes:
-        """What stands before `content` in the file `name`."""
+        """The bytes before `content` in the file `name`."""
         return self.MAGIC + hashlib.sha256(name.encode() + content).digest()
 
     def read(self, name: str) -> bytes | None:
@@ -86,7 +86,7 @@ class Store:
         os.utime(path, ns=(used, used))
 
     def trim(self) -> None:
-        """Delete the least recently used files until the others fit the budget, and what killed processes left."""
+        """Delete the least recently used files until the others fit the budget, and the remains of killed processes."""
         terminal.delete_abandoned(self.folder, ".*.kv.[0-9]*.tmp")
         files = {path: path.lstat() for path in self.folder.glob("?" * 64 + ".kv")}
         total = sum(status.st_size for status in files.values())
@@ -98,7 +98,7 @@ class Store:
 
 @dataclass
 class CachedEngine(Engine):
-    """An engine that finds in a store what ran before, and leaves there what ran.
+    """An engine that takes keys and values of earlier runs from a store, and leaves its own there.
 
     A block's name is the hash of the name before it and of its own tokens, from the model's identity on. So the longest
     common prefix is a walk along the names until a file is missing, and prompts that branch share their trunk.
@@ -115,7 +115,7 @@ class CachedEngine(Engine):
             yield start, f"{name}.kv", self.cache[:, :, 0, :, start : start + BLOCK]
 
     def restore(self, ids: list[int]) -> None:
-        """Take from the store what goes on behind `self.ids`, as far as it has `ids`."""
+        """Copy the blocks of `ids` behind `self.ids` from the store into the cache, as far as it has them."""
         for start, name, part in self.blocks(ids):
             if start + BLOCK > len(self.ids):
                 content = self.store.read(name)
@@ -126,12 +126,12 @@ class CachedEngine(Engine):
 
     @torch.inference_mode()
     def rewind(self, ids: list[int]) -> None:
-        """Keep what begins like `ids`, and take from the store what goes on."""
+        """Keep the beginning in common with `ids`, and restore the blocks behind it."""
         super().rewind(ids)
         if self.store and len(ids) - len(self.ids) > BLOCK:
             with self.store.trouble_told():
                 self.restore(ids[:-1])
-            del self.ids[min(tp.gather(len(self.ids))) :]  # what every rank has found
+            del self.ids[min(tp.gather(len(self.ids))) :]  # all ranks have found these
 
     @torch.inference_mode()
     def keep(self, ids: list[int]) -> None:

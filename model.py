@@ -13,7 +13,7 @@ import kernels
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """The shape of a Llama; what `config.json` says, in our names."""
+    """The shape of a Llama: the fields of `config.json`, in our names."""
 
     dim: int
     n_layer: int

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from checkpoint import DEVICES, GROUPSIZES, Checkpoint, empty_model, read_checkpoint, storage, write_checkpoint
 
-SLAB = 2**18  # weights quantized at a time: what they need stays in the caches
+SLAB = 2**18  # weights quantized at a time: they stay in the caches
 ROUNDS = 5  # of least squares
 TINY = torch.finfo(torch.float32).tiny  # in place of a scale of zero: any level will do
 
@@ -60,7 +60,7 @@ def quantize_int4(weight: Tensor, groupsize: int) -> dict[str, Tensor]:
 
 
 def quantize(checkpoint: Checkpoint, quantization: dict, device: str, path: Path) -> None:
-    """Write to `path` what `checkpoint` becomes under `quantization`, computed on `device` in slabs of a few rows."""
+    """Write `checkpoint` under `quantization` to `path`, computed on `device` in slabs of a few rows."""
     if checkpoint.header["quantization"] is not None:
         raise ValueError(f"{checkpoint.path} is quantized already: give the original")
     dtype = checkpoint.model["norm.weight"].dtype

@@ -24,13 +24,14 @@ progress = partial(tqdm, leave=False, disable=None)  # (items, what): the items,
 def status_of(main: Callable[[], None], errors: object = None, blame: str = "") -> int:
     """Call a script's `main`: its exit status.
 
-    What a user can cause ends in one line on `errors` (stderr) and status 1, Ctrl-C in status 130, SIGTERM and SIGHUP
-    in 128 + their number. A RuntimeError is a fault of ours and keeps its traceback, unless memory ran out, or
-    `blame` says what else it is put down to.
+    An error that a user can cause ends in one line on `errors` (stderr) and status 1, Ctrl-C in status 130, SIGTERM
+    and SIGHUP in 128 + their number. A RuntimeError is a fault of ours and keeps its traceback, unless memory ran
+    out, or `blame` names
+    another cause.
     """
-    warnings.simplefilter("ignore")  # what is wrong, we say
+    warnings.simplefilter("ignore")  # our own messages say enough
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:  # what nohup ignores stays ignored
+        if signal.getsignal(number) == signal.SIG_DFL:  # a signal that nohup ignores stays ignored
             signal.signal(number, lambda number, frame: sys.exit(128 + number))  # so temporary files are deleted
     try:
         main()
@@ -46,7 +47,7 @@ def status_of(main: Callable[[], None], errors: object = None, blame: str = "") 
             if not blame:
                 raise
             reason = f"{blame}: {reason}"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains of what stdout did not take
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains of stdout as well
         print(reason, file=errors or sys.stderr)
         return 1
 
@@ -74,13 +75,13 @@ def number(low: float, high: float = math.inf, kind: type = int) -> Callable[[st
 
 @contextmanager
 def reading(name: Path | str, cure: str) -> Iterator[None]:
-    """Turn what missing, foreign or damaged input makes a library raise into one ValueError: name, reason and cure.
+    """Turn the errors of libraries that read missing, foreign or damaged input into one ValueError: name, reason, cure.
 
-    What we raise ourselves inside has a cure of its own.
+    Our own ValueErrors keep the cure that they name.
     """
     try:
         yield
-    except (MemoryError, PermissionError):  # these say what is wrong, and the cure would not fit
+    except (MemoryError, PermissionError):  # these name their cause, and the cure would not fit
         raise
     except Exception as error:  # there is no end to what damaged files make parsers raise
         if type(error) is ValueError:

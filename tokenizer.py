@@ -20,11 +20,11 @@ class Tokenizer:
         self.front = self.pieces.encode("a")  # stands before a token whose leading space is to be kept
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, nothing added; what looks like a special token stays text."""
+        """The ids of `text`, nothing added; the spelling of a special token stays text."""
         return self.pieces.encode(text)
 
     def bytes_of(self, token: int) -> bytes:
-        """What `token` adds to a text, in UTF-8."""
+        """The bytes that `token` adds to a text in UTF-8."""
         if self.pieces.is_byte(token):
             return bytes([int(self.pieces.id_to_piece(token)[3:5], 16)])  # "<0x0A>"
         return self.pieces.decode([*self.front, token])[1:].encode()
@@ -51,7 +51,7 @@ class TextStream:
 
 
 def turn_ids(tokenizer: Tokenizer, text: str, system: str, first: bool) -> list[int]:
-    """What a user says in Llama-2's chat template: BOS [INST] text [/INST], with the system's text in the `first` turn.
+    """A user's words in Llama-2's chat template: BOS [INST] text [/INST], with the system's text in the `first` turn.
 
     https://github.com/meta-llama/llama/blob/main/llama/generation.py, chat_completion
     """
@@ -61,6 +61,6 @@ def turn_ids(tokenizer: Tokenizer, text: str, system: str, first: bool) -> list[
 
 
 def closing_ids(tokenizer: Tokenizer, answer: list[int]) -> list[int]:
-    """What the template has behind an `answer`: a space and EOS. An answer may have ended with that space."""
+    """The template's ids behind an `answer`: a space and EOS. An answer may have ended with that space."""
     space = tokenizer.pieces.piece_to_id("\u2581")
     return [tokenizer.eos_id] if answer[-1:] == [space] else [space, tokenizer.eos_id]

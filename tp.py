@@ -1,9 +1,9 @@
-"""Tensor parallelism: each of torchrun's ranks holds a part of every layer, and what the parts yield is added up.
+"""Tensor parallelism: each of torchrun's ranks holds a part of every layer, and the outputs of the parts are added up.
 
     torchrun --standalone --nproc_per_node=2 generate.py --compile --checkpoint_path checkpoints/$MODEL_REPO/model.pth
 
-It owns the process group, the one rule by which weights are divided, and how ranks agree on what each would see
-differently: text that is read, times, files. All run the same program; rank 0 alone reads the keyboard and writes.
+It owns the process group, the one rule by which weights are divided, and how ranks agree where each would see
+something else: text that is read, times, files. All run the same program; rank 0 alone reads the keyboard and writes.
 """
 
 import os
@@ -46,7 +46,7 @@ def join(device: str) -> None:
 def run(main: Callable[[], None]) -> None:
     """`terminal.run` for a script that torchrun may start: of the ranks the first alone reads and writes.
 
-    The first rank of each host says what is wrong.
+    The first rank of each host tells errors.
     """
     if not IS_RANK:
         terminal.run(main)
@@ -70,7 +70,7 @@ def gather(value: object) -> list:
 
 
 def agree(compute: Callable) -> object:
-    """What `compute` gives on the first rank; the others wait for it."""
+    """The result of `compute` on the first rank; the others wait for it."""
     return gather(compute() if ranks()[0] == 0 else None)[0]
 
 
@@ -94,7 +94,7 @@ def shard(name: str, tensor: Tensor, args: ModelArgs) -> Tensor:
 def add_up(module: torch.nn.Module, inputs: tuple, output: Tensor) -> Tensor:
     """A forward hook: the sum of the ranks' outputs [B, S, dim], added in float32 and in the ranks' order.
 
-    An all-reduce's order depends on the size of what it adds: with it a row of many would not be that row alone, bit
+    An all-reduce's order depends on the size of its input: with it a row of many would not be that row alone, bit
     for bit, which speculation relies on. (On gloo it takes twice as long, too, for the few rows of decoding.)
     """
     outputs = all_gather_tensor(output, 0, dist.group.WORLD).float()

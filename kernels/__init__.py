@@ -1,4 +1,4 @@
-"""What decides the speed of decoding: products with stored weights, and attention; where a kernel is chosen.
+"""The operators that decide the speed of decoding: products with stored weights, and attention; a kernel for each.
 
 `Linear` and `attention` hold for every device and number of rows. Where there is no kernel, they are PyTorch's
 operators.
@@ -14,7 +14,7 @@ from kernels import cpu
 class Linear(nn.Module):
     """A product with a weight that is stored in 16, 8 or 4 bits: see `dequantize` for the layouts.
 
-    What is stored is what is multiplied, so loading packs nothing. Until `store` is called it is a float weight.
+    The stored form is multiplied as it is, so loading packs nothing. Until `store` is called it is a float weight.
     """
 
     def __init__(self, n_in: int, n_out: int) -> None:

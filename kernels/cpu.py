@@ -18,13 +18,13 @@ COMPILER = os.environ.get("CXX") or "g++"  # a command line, as for make: "ccach
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-w"]
 SOURCE = Path(__file__).with_name("cpu.cpp")
 MAX_ROWS = 16  # beyond, a library product is faster
-MAX_HEAD_DIM = 1024  # what cpu.cpp has room for
+MAX_HEAD_DIM = 1024  # cpu.cpp has room for no more
 SCRATCH = 2**22  # weights that are dequantized at a time
 BITS = {torch.bfloat16: 16, torch.int8: 8, torch.uint8: 4}
 
 
 def cpu_features() -> str:
-    """What -march=native depends on: a home directory may be shared between hosts."""
+    """The features that -march=native depends on: a home directory may be shared between hosts."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
@@ -53,7 +53,7 @@ def cores() -> int:
 
 
 def compile_to(path: Path, flags: list[str]) -> None:
-    """Compile cpu.cpp into the shared library `path`. ValueError names what is wrong with the compiler."""
+    """Compile cpu.cpp into the shared library `path`. ValueError names the compiler's fault."""
     try:
         command = [*shlex.split(COMPILER), *flags, str(SOURCE), "-o", str(path)]
         subprocess.run(command, check=True, capture_output=True, text=True)

@@ -2,7 +2,7 @@
 
     python -m scripts.convert_hf_checkpoint --checkpoint_dir checkpoints/$MODEL_REPO [--precision float32]
 
-Reads safetensors and .bin, whole or sharded, with torch alone; what this program cannot run is refused by name.
+Reads safetensors and .bin, whole or sharded, with torch alone; models that this program cannot run are refused by name.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from tokenizer import Tokenizer
 
 FORMATS = {"model.safetensors": "model[.-]*safetensors", "pytorch_model.bin": "pytorch_model[.-]*bin"}  # whole: shards
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# What config.json may say.
+# Values that config.json may have.
 SUPPORTED = {"model_type": ["llama"], "hidden_act": ["silu"], "rope scaling": ["default", "linear"]}
 SUPPORTED |= dict.fromkeys(["attention_bias", "mlp_bias", "quantization_config"], [False, None])
 ENDS = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}  # ours: Hugging Face's
@@ -47,7 +47,7 @@ LAYER = {  # our tensors of a layer: Hugging Face's, in the order of their rows
 def model_args(config: dict) -> ModelArgs:
     """The shape that a Hugging Face config.json describes, with RoPE in either spelling.
 
-    ValueError for what this program cannot run; KeyError, TypeError and others for what is no config.
+    ValueError for a model that this program cannot run; KeyError, TypeError and others if it is no config.
     """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
@@ -130,7 +130,7 @@ def places(args: ModelArgs, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def copy(name: str, read: Callable[[], Tensor], place: Tensor) -> None:
-    """Copy Hugging Face's tensor `name` to its place. ValueError where it is not what config.json asks for."""
+    """Copy Hugging Face's tensor `name` to its place. ValueError where it does not fit config.json."""
     with terminal.reading(name, "its file is cut short or damaged: download it again"):
         tensor = read()
     if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
