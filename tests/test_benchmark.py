@@ -1,7 +1,6 @@
 """The benchmark's arithmetic, against cases computed by hand, its switches, and that it runs with no peer installed."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -131,10 +130,9 @@ def test_a_checkpoint_of_random_weights_is_made_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_it_runs_in_under_two_minutes_with_no_peer(tmp_path: Path) -> None:
-    out, start = tmp_path / "out", time.perf_counter()
+def test_it_runs_with_no_peer(tmp_path: Path) -> None:
+    out = tmp_path / "out"
     done = run_cli("-m", "benchmarks.benchmark", "--quick", "--out", out, "--work", tmp_path / "work")
-    assert time.perf_counter() - start < 120
     report = json.loads((out / "results.json").read_text())
     row = report["results"][0]["programs"]["bf16"]
     assert 0 < row["decode"]["low"] <= row["decode"]["median"]

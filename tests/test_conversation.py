@@ -384,6 +384,11 @@ class Terminal:
         before, _, self.shown = self.shown.partition(text)
         return before + text
 
+    def wait_for_anything(self) -> None:
+        """Until something new is shown."""
+        while not self.shown:
+            self.shown += os.read(self.fd, 4096).decode(errors="replace")
+
     def press(self, keys: str) -> None:
         os.write(self.fd, keys.encode())
 
@@ -408,7 +413,7 @@ def test_the_keyboard(chat: dict[str, Path], terminal: Callable) -> None:
     screen.wait_for("> ")
     screen.press("def reed\x7f\x7fad(\r")  # backspace
     screen.wait_for("ad(\r\n")
-    time.sleep(0.3)
+    screen.wait_for_anything()
     screen.press("\x03")
     screen.wait_for("\n> ")
     screen.press("/stats\r")
@@ -416,7 +421,8 @@ def test_the_keyboard(chat: dict[str, Path], terminal: Callable) -> None:
     screen.press("\x1b[A\x1b[A")  # up, up
     screen.wait_for("def read(")
     screen.press("\r")
-    time.sleep(0.3)
+    screen.wait_for("\r\n")
+    screen.wait_for_anything()
     screen.press("\x03")
     screen.wait_for("\n> ")
     screen.press("\x04")
