@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from terminal import progress, reading, replacing
+from terminal import delete_abandoned, progress, reading, replacing
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ def empty_model(args: ModelArgs, quantization: dict | None, dtype: torch.dtype) 
     return model
 
 
-def kinds(tensors: dict[str, Tensor]) -> dict:
+def properties(tensors: dict[str, Tensor]) -> dict:
     """The properties of tensors that config and quantization determine: shape, and float or integer."""
     return {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in tensors.items()}
 
@@ -72,11 +72,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
         header = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
         model = header.pop("model")
         args = ModelArgs(**header["config"])
-        tokenizer = Tokenizer(header["tokenizer"])
         expected = empty_model(args, header["quantization"], torch.bfloat16).state_dict()
-        if kinds(model) != kinds(expected) or not header.keys() >= {"id", "chat"}:
+        if properties(model) != properties(expected) or not header.keys() >= {"id", "chat"}:
             raise ValueError("its tensors are not those of its own config: convert or quantize it again")
-    return Checkpoint(path, args, header, tokenizer, model)
+        return Checkpoint(path, args, header, Tokenizer(header["tokenizer"]), model)
 
 
 def load_model(checkpoint: Checkpoint, device: str, dtype: torch.dtype, shard: Callable | None = None) -> Transformer:
@@ -101,6 +100,7 @@ def write_checkpoint(path: Path, header: dict, tensors: dict[str, Tensor], fill:
     stored once). The file is laid out with their shapes and its blocks are reserved, so that a full disk is an OSError
     here and not a signal later; then it is mapped, and `fill` (tensors) writes into the mapped ones.
     """
+    delete_abandoned(path.resolve().parent, ".*.pth.[0-9]*.tmp")
     with replacing(path) as temporary:
         try:
             with skip_data():

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -85,8 +84,10 @@ class Engine:
 
     def guess(self, ids: list[int], count: int, sampling: Sampling) -> list[int]:
         """Up to `count` tokens that follow `ids`, as far as the context goes: the work of a draft."""
+        if len(ids) > self.model.args.max_seq_length:
+            return []
         self.rewind(ids)
-        return list(generate(self, ids, count, None, sampling)) if len(ids) <= self.model.args.max_seq_length else []
+        return list(generate(self, ids, count, None, sampling))
 
     def keep(self, ids: list[int]) -> None:
         """Called with the whole sequence when an answer has ended. The cache keeps it anyway."""
@@ -124,7 +125,6 @@ class Speculation:
 
     EVERY = 32  # passes until a number of guesses beside the fastest is tried again
     DECAY = 0.97  # how much an older pass weighs, of the next one with as many guesses
-    TRIALS = 3  # passes until a number of guesses is judged: one may be unlucky
 
     def __init__(self, guess: Callable[[list[int], int, Sampling], list[int]], longest: int) -> None:
         self.guess = guess
@@ -144,7 +144,7 @@ class Speculation:
         fastest = rates.index(max(rates))
         larger = min(max(1, 2 * fastest), counts[-1])
         turn, rest = divmod(len(self.rounds), self.EVERY)
-        if rates[0] and self.trials[larger] < self.TRIALS:
+        if rates[0] and self.trials[larger] < 3:  # one pass may have been unlucky
             return larger
         if rates[0] and rest == 0:
             return larger if turn % 2 == 0 or fastest == 0 else fastest - max(1, fastest // 3)
@@ -204,7 +204,7 @@ class Answer:
     prompt: int  # tokens
     cached: int = 0  # of these, which did not run
     ids: list[int] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)  # seconds from the prompt to each token
+    times: list[float] = field(default_factory=list)  # seconds from the prompt to each token, or to the end without any
     why: str = "interrupted"  # it ended
 
 
@@ -286,6 +286,7 @@ class Session:
             answer.why = f"context of {context} tokens is full" if full else "end of sequence"
             if len(answer.ids) == limit:
                 answer.why = f"max_new_tokens {limit}"
+        answer.times = answer.times or [time.perf_counter() - start]
         print(stream.finish(), end="\n" if self.args.interactive or sys.stdout.isatty() else "", flush=True)
         with suppress(KeyboardInterrupt) if may_interrupt else nullcontext():
             for each in self.engines:
@@ -298,7 +299,7 @@ class Session:
             return "no answer yet"
         answer = self.answers[-1]
         decoded = max(len(answer.ids) - 1, 0)  # the first token is the prompt's
-        first, last = (answer.times[0], answer.times[-1]) if answer.times else (1e-9, 1e-9)
+        first, last = answer.times[0], answer.times[-1]
         seconds = max(last - first, 1e-9)
         rounds = self.speculation.rounds if self.speculation else [(0, 0)] * decoded
         tried, accepted = (sum(each[i] for each in rounds) for i in (0, 1))
@@ -352,11 +353,12 @@ def answer_all(args: argparse.Namespace, make_engine: Callable = Engine) -> Sess
     if args.interactive:
         converse(session.conversation(), session.answer, session.statistics)
     prompts = [session.conversation().prompt(text) for text in texts]  # all are checked before the first answer
-    for prompt, i in product(prompts, range(args.num_samples)):
-        if session.answers:
-            print()
-        session.answer(prompt, i)
-        print(session.statistics(), file=sys.stderr)
+    for prompt in prompts:
+        for i in range(args.num_samples):
+            if session.answers:
+                print()
+            session.answer(prompt, i)
+            print(session.statistics(), file=sys.stderr)
     return session
 
 

@@ -30,12 +30,12 @@ PROMPTS = ["12 * 12 =", "41 * 41 ="]
 
 
 class Store:
-    """Files in the subfolder llama_prefixes of a folder: at most `budget` bytes, of which the least recently used go
-    first. Several processes may share it.
+    """Files in the subfolder llama_prefixes of a folder: after each answer at most `budget` bytes, of which the least
+    recently used go first. Several processes may share it.
 
     A file that is damaged, cut short or renamed is not used. The files hold users' words, so nobody else may read them.
-    Only files that a Store wrote are ever deleted: they have its kind of name and begin with MAGIC. Trouble is told
-    once, in one line on stderr.
+    Only its own files are ever deleted: to make room, files with its kind of name that begin with MAGIC; and a damaged
+    file under the very name of a block. Trouble is told once, in one line on stderr.
     """
 
     MAGIC = b"llama prefix 1\n\0"
@@ -52,7 +52,7 @@ class Store:
             yield
         except OSError as error:
             if not self.told and not isinstance(error, FileNotFoundError):  # that is another process, which needed room
-                print(f"the prefix cache cannot be used as it should: {error}", file=sys.stderr)
+                print(f"the prefix cache cannot be used as it should: {error}; --no_cache avoids it", file=sys.stderr)
                 self.told = True
 
     def seal(self, name: str, content: bytes) -> bytes:
@@ -71,8 +71,8 @@ class Store:
             raise OSError(f"{path} was damaged")
         return content
 
-    def use(self, name: str, age: int, part: Tensor) -> None:
-        """Mark a file as used, stored before if it is not there; one of a greater `age` (in ns) goes before others."""
+    def use(self, name: str, time_of_use: int, part: Tensor) -> None:
+        """Mark a file as used at that time (in ns), stored before if it is not there; the earliest one goes first."""
         path = self.folder / name
         if not path.exists():
             if not self.folder.exists():
@@ -82,8 +82,7 @@ class Store:
             content = ctypes.string_at(part.data_ptr(), part.nbytes)
             with terminal.replacing(path, mode=0o600) as temporary:
                 temporary.write_bytes(self.seal(name, content) + content)
-        used = time.time_ns() - age
-        os.utime(path, ns=(used, used))
+        os.utime(path, ns=(time_of_use, time_of_use))
 
     def trim(self) -> None:
         """Delete the least recently used files until the others fit the budget, and the remains of killed processes."""
@@ -138,9 +137,11 @@ class CachedEngine(Engine):
         """Store those blocks of `ids` that are in the cache, and mark them as used, the first of them as the last."""
         super().rewind([*ids, -1])  # all of them: nobody wants the last one's logits
         if self.store:
+            now = time.time_ns()
             with self.store.trouble_told():
                 for start, name, part in self.blocks(self.ids):
-                    self.store.use(name, start, part)
+                    self.store.use(name, now - start, part)
+            with self.store.trouble_told():
                 self.store.trim()
 
 
@@ -162,8 +163,7 @@ def main() -> None:
     session = answer_all(args, partial(CachedEngine, store=store))
     print("answer  cached  computed  first token", file=sys.stderr)
     for i, each in enumerate(session.answers, 1):
-        first = each.times[0] if each.times else 0.0
-        print(f"{i:6}{each.cached:8}{each.prompt - each.cached:10}{first:11.3f} s", file=sys.stderr)
+        print(f"{i:6}{each.cached:8}{each.prompt - each.cached:10}{each.times[0]:11.3f} s", file=sys.stderr)
 
 
 if __name__ == "__main__":

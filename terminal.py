@@ -24,15 +24,13 @@ progress = partial(tqdm, leave=False, disable=None)  # (items, what): the items,
 def status_of(main: Callable[[], None], errors: object = None, blame: str = "") -> int:
     """Call a script's `main`: its exit status.
 
-    An error that a user can cause ends in one line on `errors` (stderr) and status 1, Ctrl-C in status 130, SIGTERM
-    and SIGHUP in 128 + their number. A RuntimeError is a fault of ours and keeps its traceback, unless memory ran
-    out, or `blame` names
-    another cause.
+    An error that a user can cause ends in one line on `errors` (stderr) and status 1, Ctrl-C in status 130. A
+    RuntimeError is a fault of ours and keeps its traceback, unless memory ran out, or `blame` names another cause.
     """
     warnings.simplefilter("ignore")  # our own messages say enough
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:  # a signal that nohup ignores stays ignored
-            signal.signal(number, lambda number, frame: sys.exit(128 + number))  # so temporary files are deleted
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
     try:
         main()
         sys.stdout.flush()
@@ -53,10 +51,13 @@ def status_of(main: Callable[[], None], errors: object = None, blame: str = "") 
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a script's `main` and end the process; see `status_of`."""
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started us
-            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
+    """Call a script's `main` and end the process, with the status of `status_of`.
+
+    SIGTERM and SIGHUP end it as an exception does, so that temporary files are deleted, with 128 + their number.
+    """
+    for caught in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(caught) == signal.SIG_DFL:  # a signal that nohup ignores stays ignored
+            signal.signal(caught, lambda caught, frame: sys.exit(128 + caught))
     sys.exit(status_of(main))
 
 
@@ -131,11 +132,12 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[Path]:
     file that it points to is replaced. OSError with the reason where there cannot be such a file.
     """
     path = path.resolve()
-    delete_abandoned(path.parent, f".*{path.suffix}.[0-9]*.tmp")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # No number of a process: containers that share a disk repeat these.
+    temporary = path.with_name(f".{path.name}.{int.from_bytes(os.urandom(6), 'big')}.tmp")
     with open(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, mode), "rb") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)  # says that this process lives
+            with suppress(OSError):  # some file systems have no locks
+                fcntl.flock(file, fcntl.LOCK_EX)  # says that this process lives
             yield temporary
             os.replace(temporary, path)
         finally:

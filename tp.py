@@ -35,10 +35,9 @@ def join(device: str) -> None:
     if not IS_RANK:
         return
     if device == "cuda":
-        local = int(os.environ["LOCAL_RANK"])
-        if local >= torch.cuda.device_count():
+        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count():
             raise ValueError(f"--nproc_per_node: this host has {torch.cuda.device_count()} GPUs: start no more ranks")
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # A conversation may rest for days; a rank that ends is noticed all the same.
     dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", timeout=timedelta(weeks=52))
 
@@ -50,12 +49,10 @@ def run(main: Callable[[], None]) -> None:
     """
     if not IS_RANK:
         terminal.run(main)
-    errors = sys.stderr
+    nothing = open(os.devnull, "r+")  # noqa: SIM115  until the process ends
+    errors = sys.stderr if os.environ["LOCAL_RANK"] == "0" else nothing
     if os.environ["RANK"] != "0":
-        sys.stdin = sys.stdout = sys.stderr = open(os.devnull, "r+")  # noqa: SIM115  until the process ends
-    if os.environ["LOCAL_RANK"] != "0":
-        errors = sys.stderr
-
+        sys.stdin = sys.stdout = sys.stderr = nothing
     status = terminal.status_of(main, errors, "a rank has ended, or is out of reach")
     os._exit(status)  # the threads of a process group abort an interpreter that winds up
 

@@ -41,8 +41,8 @@ def quota(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
 def cores() -> int:
     """Threads to use: physical cores that affinity and quota leave us, shared out among torchrun's local ranks.
 
-    A product that waits for memory gains nothing from hyperthreads. A user's OMP_NUM_THREADS holds; torchrun's does
-    not.
+    A product that waits for memory gains nothing from hyperthreads. OMP_NUM_THREADS holds, but
+    not under torchrun, which sets it.
     """
     if "OMP_NUM_THREADS" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ:
         return torch.get_num_threads()

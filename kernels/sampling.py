@@ -38,7 +38,8 @@ def gumbel_noise(seed: Tensor, input_pos: Tensor, vocab_size: int) -> Tensor:
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """`logits` [S, vocab_size] with all but the `k` largest of each row at -inf; of equal ones the lower ids stay."""
-    worst = logits.topk(min(k, logits.shape[-1]), dim=-1).values[:, -1:]
+    k = min(k, logits.shape[-1])
+    worst = logits.topk(k, dim=-1).values[:, -1:]
     above, equal = logits > worst, logits == worst
     kept = above | (equal & (equal.cumsum(dim=-1) <= k - above.sum(dim=-1, keepdim=True)))
     return logits.masked_fill(~kept, -torch.inf)

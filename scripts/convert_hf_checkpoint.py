@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 if not __package__:  # run as a file: Python finds our modules when it is run as a module
-    os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
+    os.environ["PYTHONPATH"] = f"{Path(__file__).resolve().parents[1]}:{os.environ.get('PYTHONPATH', '')}"
     os.execv(sys.executable, [sys.executable, "-m", "scripts.convert_hf_checkpoint", *sys.argv[1:]])
 
 import terminal
@@ -72,7 +72,7 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+        header = json.loads(file.read(min(length, path.stat().st_size)))
     data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)[8 + length :]
 
     def read(dtype: str, shape: list[int], data_offsets: list[int]) -> Tensor:

@@ -62,7 +62,7 @@ def call(command: str, case: Case, folder: Path, patch: pytest.MonkeyPatch) -> E
         name, function = case.interrupt
         patch.setattr(function, lambda *_: signal.raise_signal(getattr(signal, name)))
     try:
-        status = terminal.status_of(module.main)
+        terminal.run(module.main)
     except SystemExit as end:
         status = end.code
     stdout.flush()

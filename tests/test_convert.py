@@ -1,5 +1,7 @@
 """Every way a Hugging Face directory can be laid out gives the same checkpoint."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -110,6 +112,33 @@ def test_a_symbolic_link_stays_one(random_llama, tmp_path_factory) -> None:
     convert(folder, "bfloat16")
     assert (folder / "model.pth").is_symlink()
     assert read_checkpoint(elsewhere).args.dim == 64
+
+
+def test_a_pointer_of_git_lfs_is_no_file_of_weights(random_llama) -> None:
+    """Its first bytes read as a length of exabytes."""
+    _, folder = random_llama()
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ValueError, match="model.safetensors: .*download it again"):
+        convert(folder, "bfloat16")
+
+
+def test_a_file_system_without_locks_will_do(random_llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, folder = random_llama()
+
+    def refuse(*_) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert read_checkpoint(convert(folder, "bfloat16")).args.dim == 64
+
+
+def test_what_a_killed_process_left_under_another_name_is_deleted(random_llama) -> None:
+    """A temporary file of a checkpoint beside; nothing else that begins with a dot."""
+    _, folder = random_llama()
+    for name in (".model_int4.g32.cpu.pth.12345.tmp", ".notes.tmp", ".model.pth.mine.tmp"):
+        (folder / name).write_bytes(b"x")
+    convert(folder, "bfloat16")
+    assert {path.name for path in folder.glob(".*")} == {".notes.tmp", ".model.pth.mine.tmp"}
 
 
 def test_what_config_json_leaves_out_has_transformers_defaults() -> None:

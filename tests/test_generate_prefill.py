@@ -141,6 +141,18 @@ def test_the_least_recently_used_goes_first_and_leaves_before_parents(tmp_path: 
     assert len(files(tmp_path)) <= 4
 
 
+def test_of_one_chain_the_last_block_goes_first(tmp_path: Path) -> None:
+    """Without its beginning the rest of a prefix is worth nothing: half of the room keeps the first half."""
+    engine = cached_engine(tmp_path)
+    answer(engine, A, 2)
+    names = [name for _, name, _ in engine.blocks(A)]
+    times = [(tmp_path / "llama_prefixes" / name).stat().st_mtime_ns for name in names]
+    assert times == sorted(times, reverse=True) and len(set(times)) == len(times) == 6
+    answer(cached_engine(tmp_path, 3 * FILE), A, 2)
+    assert files(tmp_path) == set(names[:3])
+    assert answer(cached_engine(tmp_path), A, 2)[2] == 48
+
+
 segments = st.lists(st.integers(0, 2), min_size=1, max_size=3)
 prompts = st.lists(st.tuples(segments, st.integers(1, 40), st.booleans()), min_size=1, max_size=7)
 

@@ -164,6 +164,13 @@ def test_a_draft_of_a_shorter_context_falls_silent(target: Transformer, models: 
         assert len(draft.ids) <= 64
 
 
+def test_a_draft_whose_context_is_full_is_not_even_rewound(models: dict[str, Transformer]) -> None:
+    """It costs nothing from there on: not a comparison, not a look for stored prefixes."""
+    draft = new_engine(random_model(replace(models["draft"].args, max_seq_length=64)))
+    draft.rewind = None
+    assert draft.guess(PROMPT * 9, 5, make_sampling()) == []
+
+
 def test_one_speculation_serves_many_answers(target: Transformer, models: dict[str, Transformer]) -> None:
     """What a draft has in its cache from one prompt does not leak into the next."""
     engine, speculation = new_engine(target), Speculation(new_engine(models["draft float32"]).guess, 5)

@@ -317,9 +317,20 @@ def test_what_torchrun_leaves_in_the_environment_makes_no_rank(folder: Path) -> 
     assert status == 0 and stdout and "Stopped" in stderr
 
 
+def test_a_rank_that_waits_for_another_ends_when_it_is_stopped(folder: Path) -> None:
+    """At once, as torchrun expects, and not after the half minute that it gives."""
+    port = free_port()
+    group = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    process = start(group, "generate.py", "--checkpoint_path", folder / "gqa_float.pth")
+    while socket.socket().connect_ex(("localhost", port)):
+        assert process.poll() is None
+    process.terminate()
+    assert process.wait(timeout=20) == -signal.SIGTERM
+
+
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tp, "IS_RANK", True)
-    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="2 GPUs"):
         tp.join("cuda")
