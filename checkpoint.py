@@ -55,7 +55,7 @@ def empty_model(args: ModelArgs, quantization: dict | None, dtype: torch.dtype) 
                 fits = [size for size in GROUPSIZES if all(each.n_in % size == 0 for each in layers.values())]
                 problem = f"group size {groupsize} does not divide the {layer.n_in} inputs of {name}"
                 raise ValueError(f"{problem}; those that divide all: {fits or 'none, use int8'}")
-            layer.store(bits, groupsize)
+            layer.lay_out(bits, groupsize)
     return model
 
 

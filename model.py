@@ -46,6 +46,7 @@ class Attention(nn.Module):
         self.wo = kernels.Linear(args.n_head * args.head_dim, args.dim)
 
     def forward(self, x: Tensor, rope: Tensor, input_pos: Tensor, cache: Tensor) -> Tensor:
+        """`x` [B, S, dim] to [B, S, dim]; the others as kernels.attention has them."""
         return self.wo(kernels.attention(self.wqkv(x), rope, input_pos, cache))
 
 
@@ -58,11 +59,14 @@ class FeedForward(nn.Module):
         self.w2 = kernels.Linear(args.ffn_dim, args.dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`x` [B, S, dim] to [B, S, dim]."""
         gate, up = self.w13(x).chunk(2, dim=-1)
         return self.w2(nn.functional.silu(gate) * up)
 
 
 class TransformerBlock(nn.Module):
+    """Attention, then the feed-forward layer, each behind an RMSNorm and added to its input."""
+
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.attention = Attention(args)
@@ -72,11 +76,14 @@ class TransformerBlock(nn.Module):
 
     @torch.compiler.nested_compile_region  # compiled once for all layers: compile time does not grow with depth
     def forward(self, x: Tensor, rope: Tensor, input_pos: Tensor, cache: Tensor) -> Tensor:
+        """`x` [B, S, dim] to [B, S, dim]; the others as kernels.attention has them."""
         h = x + self.attention(self.attention_norm(x), rope, input_pos, cache)
         return h + self.feed_forward(self.ffn_norm(h))
 
 
 class Transformer(nn.Module):
+    """Embeddings, the blocks, a last RMSNorm, and the output layer."""
+
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.args = args

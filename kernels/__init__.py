@@ -14,7 +14,7 @@ from kernels import cpu
 class Linear(nn.Module):
     """A product with a weight that is stored in 16, 8 or 4 bits: see `dequantize` for the layouts.
 
-    The stored form is multiplied as it is, so loading packs nothing. Until `store` is called it is a float weight.
+    The stored form is multiplied as it is, so loading packs nothing. Until `lay_out` is called it is a float weight.
     """
 
     def __init__(self, n_in: int, n_out: int) -> None:
@@ -25,7 +25,7 @@ class Linear(nn.Module):
         self.register_buffer("scale", None)
         self.register_buffer("minimum", None)
 
-    def store(self, bits: int, groupsize: int) -> None:
+    def lay_out(self, bits: int, groupsize: int) -> None:
         """Say how the weight is stored, before it is loaded: in 16 bits (as it is), 8, or 4 by groups."""
         if bits == 8:
             self.weight = torch.empty(self.n_out, self.n_in, dtype=torch.int8)

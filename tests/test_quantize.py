@@ -97,7 +97,7 @@ def test_products_equal_those_with_the_dequantized_weight(channels: int, dtype: 
     for mode, quantization in MODES.items():
         groupsize = quantization.get("groupsize", 0)
         layer = kernels.Linear(channels, 33)
-        layer.store(4 if groupsize else 8, groupsize)
+        layer.lay_out(4 if groupsize else 8, groupsize)
         layer.load_state_dict(quantize_int4(weight, groupsize) if groupsize else quantize_int8(weight))
         exact = x.double() @ kernels.dequantize(layer.weight, layer.scale, layer.minimum, torch.float32).double().T
         scale = (x.double().abs() @ weight.double().abs().T).max()
