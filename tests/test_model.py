@@ -43,6 +43,33 @@ def test_logits_and_greedy_text_equal_transformers(random_llama, name: str) -> N
     assert generated(new_engine(model), tokens[0].tolist(), 30, make_sampling()) == theirs[0, 40:].tolist()
 
 
+ODD = {  # sizes at and beyond those that the kernels have room for, or assume
+    "heads of 1,024": {"head_dim": 1024, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "heads of 1,026": {"head_dim": 1026, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "heads of 2,048": {"head_dim": 2048, "num_attention_heads": 1, "num_key_value_heads": 1},
+    "heads of 2": {"head_dim": 2},
+    "channels that 32 does not divide": {"hidden_size": 72, "intermediate_size": 100, "head_dim": 18},
+    "one layer, one channel of the feed-forward": {"num_hidden_layers": 1, "intermediate_size": 1},
+    "one position": {"max_position_embeddings": 1},
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_sizes_that_the_kernels_do_not_take_run_all_the_same(random_llama, name: str) -> None:
+    """In bfloat16, 1 and 12 rows: near transformers' float32, and with one position to its end."""
+    reference, folder = random_llama(**ODD[name])
+    model = load_model(read_checkpoint(convert(folder, "bfloat16")), "cpu", torch.bfloat16)
+    positions = min(12, model.args.max_seq_length)
+    tokens = torch.randint(3, 2048, (1, positions), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        theirs = reference(tokens).logits
+        for sizes in ([positions], [1] * positions):
+            error = (split_logits(model, tokens, sizes) - theirs).abs().max()
+            assert error < 0.06 * theirs.abs().max()
+    count = len(generated(new_engine(model), tokens[0].tolist(), 3, make_sampling()))
+    assert count == min(3, model.args.max_seq_length - positions + 1)
+
+
 @torch.inference_mode()
 def test_any_split_of_the_prompt_gives_the_same_logits(target) -> None:
     tokens = torch.randint(3, 2048, (1, 60), generator=torch.Generator().manual_seed(2))
