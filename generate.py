@@ -95,8 +95,8 @@ class Engine:
     def compile(self, names: list[str], sampling: Sampling) -> None:
         """Compile these steps: one row (decode), some rows with all their samples (verify), any rows (prefill)."""
         torch._dynamo.config.specialize_float = True  # or a second model's eps becomes a symbol, which does not compile
-        disabled = torch._dynamo.config.disable  # by TORCH_COMPILE_DISABLE, which a whole graph would contradict
-        self.compiled = dict.fromkeys(names, torch.compile(step, fullgraph=not disabled))
+        # A whole graph would contradict TORCH_COMPILE_DISABLE.
+        self.compiled = dict.fromkeys(names, torch.compile(step, fullgraph=not torch._dynamo.config.disable))
         for name in names:
             self.run([0] if name == "decode" else [0, 0], sampling, verify=name == "verify")
         self.ids = []

@@ -8,7 +8,6 @@ It owns the files in which keys and values outlive a process; all else is genera
 import ctypes
 import hashlib
 import os
-import stat
 import sys
 import terminal
 import time
@@ -26,7 +25,6 @@ from generate import Engine, answer_all, build_parser
 
 BLOCK = 16  # tokens whose keys and values are one file
 SYSTEM = "Square numbers: " + ", ".join(f"{n} * {n} = {n * n}" for n in range(1, 41))
-PROMPTS = ["12 * 12 =", "41 * 41 ="]
 
 
 class Store:
@@ -87,10 +85,10 @@ class Store:
     def trim(self) -> None:
         """Delete the least recently used files until the others fit the budget, and the remains of killed processes."""
         terminal.delete_abandoned(self.folder, ".*.kv.[0-9]*.tmp")
-        files = {path: path.lstat() for path in self.folder.glob("?" * 64 + ".kv")}
+        files = {path: path.stat() for path in self.folder.glob("?" * 64 + ".kv") if path.is_file()}
         total = sum(status.st_size for status in files.values())
         for path, status in sorted(files.items(), key=lambda item: item[1].st_mtime_ns):
-            if total > self.budget and stat.S_ISREG(status.st_mode) and path.read_bytes().startswith(self.MAGIC):
+            if total > self.budget and not path.is_symlink() and path.read_bytes().startswith(self.MAGIC):
                 path.unlink(missing_ok=True)
                 total -= status.st_size
 
@@ -103,7 +101,7 @@ class CachedEngine(Engine):
     common prefix is a walk along the names until a file is missing, and prompts that branch share their trunk.
     """
 
-    store: Store | None = None
+    store: Store = None  # has to be given: a field behind others with defaults needs one
 
     def blocks(self, ids: list[int]) -> Iterator[tuple[int, str, Tensor]]:
         """For each whole block of `ids`: its begin, its name, and its part [n_layer, 2, n_kv_head, BLOCK, head_dim]."""
@@ -127,7 +125,7 @@ class CachedEngine(Engine):
     def rewind(self, ids: list[int]) -> None:
         """Keep the beginning in common with `ids`, and restore the blocks behind it."""
         super().rewind(ids)
-        if self.store and len(ids) - len(self.ids) > BLOCK:
+        if len(ids) - len(self.ids) > BLOCK:
             with self.store.trouble_told():
                 self.restore(ids[:-1])
             del self.ids[min(tp.gather(len(self.ids))) :]  # all ranks have found these
@@ -136,13 +134,12 @@ class CachedEngine(Engine):
     def keep(self, ids: list[int]) -> None:
         """Store those blocks of `ids` that are in the cache, and mark them as used, the first of them as the last."""
         super().rewind([*ids, -1])  # all of them: nobody wants the last one's logits
-        if self.store:
-            now = time.time_ns()
-            with self.store.trouble_told():
-                for start, name, part in self.blocks(self.ids):
-                    self.store.use(name, now - start, part)
-            with self.store.trouble_told():
-                self.store.trim()
+        now = time.time_ns()
+        with self.store.trouble_told():
+            for start, name, part in self.blocks(self.ids):
+                self.store.use(name, now - start, part)
+        with self.store.trouble_told():
+            self.store.trim()
 
 
 def main() -> None:
@@ -156,11 +153,12 @@ def main() -> None:
     if args.cache_dir == "":  # which would mean the working directory
         parser.error("argument --cache_dir: it is empty: give a folder")
     if not (args.system or args.prompt or args.interactive):
-        args.system, args.prompt = SYSTEM, PROMPTS
-    stores = not args.no_cache and args.device == "cpu"  # on CUDA it takes longer to read a prefix than to compute it
-    folder = Path(args.cache_dir or args.checkpoint_path.parent)
-    store = Store(folder, int(args.cache_gb * 1e9)) if stores else None
-    session = answer_all(args, partial(CachedEngine, store=store))
+        args.system, args.prompt = SYSTEM, ["12 * 12 =", "41 * 41 ="]
+    make_engine = Engine
+    if not args.no_cache and args.device == "cpu":  # on CUDA it takes longer to read a prefix than to compute it
+        store = Store(Path(args.cache_dir or args.checkpoint_path.parent), int(args.cache_gb * 1e9))
+        make_engine = partial(CachedEngine, store=store)
+    session = answer_all(args, make_engine)
     print("answer  cached  computed  first token", file=sys.stderr)
     for i, each in enumerate(session.answers, 1):
         print(f"{i:6}{each.cached:8}{each.prompt - each.cached:10}{each.times[0]:11.3f} s", file=sys.stderr)

@@ -6,6 +6,7 @@ It owns the process group, the one rule by which weights are divided, and how ra
 something else: text that is read, times, files. All run the same program; rank 0 alone reads the keyboard and writes.
 """
 
+import json
 import os
 import sys
 import terminal
@@ -58,12 +59,14 @@ def run(main: Callable[[], None]) -> None:
 
 
 def gather(value: object) -> list:
-    """`value` of each of the ranks, in their order."""
+    """`value`, which JSON can hold, of each of the ranks, in their order. (torch's all_gather_object wants numpy.)"""
     if not dist.is_initialized():
         return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+    data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = all_gather_tensor(torch.tensor([len(data)]), 0, dist.group.WORLD).tolist()
+    padded = torch.nn.functional.pad(data, (0, max(sizes) - len(data)))
+    parts = all_gather_tensor(padded, 0, dist.group.WORLD).view(len(sizes), -1).tolist()
+    return [json.loads(bytes(part[:size])) for part, size in zip(parts, sizes, strict=True)]
 
 
 def agree(compute: Callable) -> object:

@@ -6,7 +6,6 @@ python -m tests.ranks CASES FOLDER RESULTS      (CASES: text or memory)
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,7 +30,7 @@ class Eager(Speculation):
 def load(path: Path, draft: bool = False, dtype: torch.dtype = torch.float32) -> Engine:
     checkpoint = read_checkpoint(path)
     model = tp.load_share(checkpoint, "cpu", dtype, draft)
-    return CachedEngine(model, model.make_cache(256), checkpoint=checkpoint)
+    return Engine(model, model.make_cache(256), checkpoint=checkpoint)
 
 
 def answers(path: Path, prompts: list[list[int]]) -> dict:
@@ -55,9 +54,8 @@ def answers(path: Path, prompts: list[list[int]]) -> dict:
             found[f"greedy {name}, as it pays"] = [say(prompt, greedy, Speculation(guess, 5)) for prompt in prompts]
     stored = {}
     for time_of in ("first", "again"):
-        cached = replace(
-            engine, cache=engine.model.make_cache(256), ids=[], store=Store(path.with_suffix(".prefixes"), 10**9)
-        )
+        store = Store(path.with_suffix(".prefixes"), 10**9)
+        cached = CachedEngine(engine.model, engine.model.make_cache(256), checkpoint=engine.checkpoint, store=store)
         cached.rewind(prompts[-1])
         stored[time_of] = len(cached.ids)
         found[f"greedy {time_of} stored"] = [generated(cached, prompts[-1], COUNT, greedy)]

@@ -328,6 +328,17 @@ def test_a_rank_that_waits_for_another_ends_when_it_is_stopped(folder: Path) -> 
     assert process.wait(timeout=20) == -signal.SIGTERM
 
 
+def test_ranks_need_no_numpy(folder: Path, tmp_path: Path) -> None:
+    """requirements.txt does not bring it."""
+    (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError('none here', name='numpy')")
+    group = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+    group["PYTHONPATH"] = tmp_path
+    words = ["generate.py", "--checkpoint_path", folder / "target_int8.pth", "--max_new_tokens", "4"]
+    first, other = ended([start(group | {"RANK": rank, "LOCAL_RANK": rank}, *words) for rank in range(2)])
+    assert (first[0], other) == (0, (0, "", ""))
+    assert first[1] and "Stopped" in first[2] and "umpy" not in first[2]
+
+
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tp, "IS_RANK", True)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
