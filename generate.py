@@ -9,12 +9,16 @@ import argparse
 import os
 import resource
 import sys
-import terminal
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+if __name__ == "__main__" and getattr(sys.flags, "safe_path", False):
+    sys.exit("PYTHONSAFEPATH keeps Python from finding the modules beside this script: unset it")
+
+import terminal
 
 import torch
 from torch import Tensor

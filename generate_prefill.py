@@ -9,13 +9,17 @@ import ctypes
 import hashlib
 import os
 import sys
-import terminal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__" and getattr(sys.flags, "safe_path", False):
+    sys.exit("PYTHONSAFEPATH keeps Python from finding the modules beside this script: unset it")
+
+import terminal
 
 import torch
 from torch import Tensor
@@ -144,7 +148,6 @@ class CachedEngine(Engine):
 
 def main() -> None:
     parser = build_parser()
-    parser.epilog = "Without --system and --prompt, an example shows the effect."
     add = parser.add_argument
     add("--cache_dir", help="where the folder of prefixes is made (beside the checkpoint)")
     add("--cache_gb", type=terminal.number(0.001, 1e6, float), default=4.0, help="the least recently used go first (4)")

@@ -29,8 +29,7 @@ class ModelArgs:
 
     def __post_init__(self) -> None:
         """ValueError where this is no shape of a model."""
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for field, value in zip(fields(self), vars(self).values(), strict=True):
             if not isinstance(value, int | field.type) or isinstance(value, bool) or not 0 < value < 2**31:
                 raise ValueError(f"{field.name} = {value!r} in the config: it must be a positive number below 2**31")
         if self.n_head % self.n_kv_head != 0 or self.head_dim % 2 != 0:
@@ -108,20 +107,9 @@ class Transformer(nn.Module):
         [B, S, vocab_size], or [B, 1, vocab_size] of the last position where `last_only`.
         """
         x = self.tok_embeddings(tokens)
-        rope = rope_table(input_pos, self.args)
+        rope = kernels.rope_table(input_pos, self.args.head_dim, self.args.rope_theta, self.args.rope_scale)
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             x = layer(x, rope, input_pos, layer_cache)
         if last_only:
             x = x[:, -1:]
         return self.output(self.norm(x)).float()
-
-
-def rope_table(input_pos: Tensor, args: ModelArgs) -> Tensor:
-    """Cosines, then sines, of the rotary angles at `input_pos` [S]: [S, head_dim] in float32.
-
-    Half-split convention, as Hugging Face checkpoints have it: channel i turns with channel i + head_dim / 2 by
-    position / rope_scale * rope_theta ** (-2 i / head_dim). https://arxiv.org/abs/2104.09864
-    """
-    exponent = torch.arange(0, args.head_dim, 2, dtype=torch.float32, device=input_pos.device) / args.head_dim
-    angles = torch.outer(input_pos.float(), 1.0 / (args.rope_theta**exponent * args.rope_scale))
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)

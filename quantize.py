@@ -7,8 +7,12 @@ The file belongs to checkpoint.py, multiplying to kernels/.
 
 import argparse
 import sys
-import terminal
 from pathlib import Path
+
+if __name__ == "__main__" and getattr(sys.flags, "safe_path", False):
+    sys.exit("PYTHONSAFEPATH keeps Python from finding the modules beside this script: unset it")
+
+import terminal
 
 import torch
 from torch import Tensor

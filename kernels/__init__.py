@@ -95,6 +95,17 @@ def _attention(qkv: Tensor, rope: Tensor, input_pos: Tensor, cache: Tensor) -> T
     return y.reshape(batch, rows, n_head * head_dim)
 
 
+def rope_table(input_pos: Tensor, head_dim: int, theta: float, scale: float) -> Tensor:
+    """Cosines, then sines, of the rotary angles at `input_pos` [S]: [S, head_dim] in float32.
+
+    Half-split convention, as Hugging Face checkpoints have it: channel i turns with channel i + head_dim / 2 by
+    position / scale * theta ** (-2 i / head_dim). https://arxiv.org/abs/2104.09864
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=input_pos.device) / head_dim
+    angles = torch.outer(input_pos.float(), 1.0 / (theta**exponent * scale))
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
 def _rotate(x: Tensor, rope: Tensor) -> Tensor:
     """RoPE in float32: the two halves of the channels of `x` [B, heads, S, head_dim] turn by `rope` [S, head_dim]."""
     cos, sin = rope.chunk(2, dim=-1)
@@ -126,7 +137,7 @@ def attention(qkv: Tensor, rope: Tensor, input_pos: Tensor, cache: Tensor) -> Te
     """Causal grouped-query attention of new rows over the filled part of a cache, with RoPE and the cache's update.
 
     `qkv` [B, S, (n_head + 2 n_kv_head) * head_dim] are the projections of the positions `input_pos` [S], consecutive;
-    `rope` [S, head_dim] their angles (model.rope_table); `cache` [2, B, n_kv_head, T, head_dim] has keys and values.
+    `rope` [S, head_dim] their angles (`rope_table`); `cache` [2, B, n_kv_head, T, head_dim] has keys and values.
     Those of the rows are written to it, then row i sees positions 0 to input_pos[i]. Returns [B, S, n_head *
     head_dim].
     """

@@ -657,6 +657,14 @@ UNUSUAL = {
     "a conversation with NaN": Case(
         f"{GENERATE} --interactive", "not finite: try", norm(torch.full((64,), torch.nan)), status=0, stdin=b"a"
     ),
+    **{
+        f"no modules beside {script}": Case(
+            f"PYTHONSAFEPATH=1 python {script} --checkpoint_path $DIR/model.pth",
+            "PYTHONSAFEPATH ... unset it",
+            status=1,
+        )
+        for script in ("generate.py", "generate_prefill.py", "quantize.py")
+    },
     "torch.compile is disabled": Case(f"TORCH_COMPILE_DISABLE=1 {GENERATE} --compile --compile_prefill", **ANSWERS),
     "LOCAL_RANK is left": Case(f"LOCAL_RANK=0 {GENERATE}", **ANSWERS),
     "run as a file": Case(
