@@ -276,7 +276,6 @@ class Session:
         eos_id = None if self.args.ignore_eos else self.tokenizer.eos_id
         limit, context = self.args.max_new_tokens, self.checkpoint.args.max_seq_length
         start = time.perf_counter()
-        self.answers.append(answer)
         if self.speculation:
             self.speculation.rounds.clear()
         with suppress(KeyboardInterrupt) if may_interrupt else nullcontext():
@@ -295,6 +294,7 @@ class Session:
         with suppress(KeyboardInterrupt) if may_interrupt else nullcontext():
             for each in self.engines:
                 each.keep(prompt + answer.ids)
+        self.answers.append(answer)
         return answer.ids
 
     def statistics(self) -> str:

@@ -182,6 +182,22 @@ def test_statistics_of_an_interrupted_answer_say_so(chat: dict[str, Path], monke
     assert "Stopped: interrupted" in session.statistics()
 
 
+def test_an_answer_that_fails_is_told_and_leaves_no_figures(
+    chat: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """The conversation goes on, and /stats shows the answer before it, or that there is none."""
+    session = session_of(chat["float32"])
+
+    def fail(turns: list[Turn]) -> None:
+        if len(turns) == 1:
+            raise ValueError("the model's logits are not finite")
+
+    turns = talk(session, [LINES[0], "/stats", LINES[1], "/stats"], monkeypatch, fail)
+    told = capfd.readouterr().err
+    assert "not finite" in told and "no answer yet" in told
+    assert told.count("Prompt tokens") == len(session.answers) == len(turns) - 1 == 1
+
+
 def test_an_interrupt_while_an_answer_is_stored_keeps_the_conversation(
     chat: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
