@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bad_input_cases import CONFIG
 from conftest import ROOT
 
 from checkpoint import load_model, read_checkpoint, write_checkpoint
@@ -142,16 +143,7 @@ def test_what_a_killed_process_left_under_another_name_is_deleted(random_llama) 
 
 
 def test_what_config_json_leaves_out_has_transformers_defaults() -> None:
-    config = {
-        "model_type": "llama",
-        "hidden_size": 64,
-        "num_attention_heads": 2,
-        "num_hidden_layers": 1,
-        "intermediate_size": 96,
-        "vocab_size": 300,
-        "rms_norm_eps": 1e-5,
-        "rope_scaling": {"type": None},
-    }
+    config = CONFIG | {"rope_scaling": {"type": None}}
     args = model_args(config)
     assert (args.max_seq_length, args.rope_theta, args.rope_scale, args.n_kv_head) == (2048, 10000.0, 1.0, 2)
 
