@@ -90,6 +90,7 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: torch.dtype, shard: C
         part = shard(name, tensor) if shard else tensor
         weights[name] = part.to(device, expected[name].dtype)
     model.load_state_dict(weights, assign=True)
+    model.frequencies = model.frequencies.to(device)
     return model
 
 

@@ -27,6 +27,7 @@ import tp
 from chat import Conversation, converse
 from checkpoint import DEVICES, Checkpoint, read_checkpoint
 from kernels import cpu
+from kernels.cpu import Program
 from kernels.sampling import Sampling, sample
 from model import Transformer
 from tokenizer import TextStream
@@ -34,10 +35,10 @@ from tokenizer import TextStream
 PREFILL_ROWS = 512  # a prompt runs in chunks of so many rows: bounded memory, and Ctrl-C is heard in between
 
 
-def step(model: Transformer, tokens: Tensor, input_pos: Tensor, cache: Tensor, sampling: Sampling, last: bool):
-    """One forward pass of `tokens` [1, S] and the samples [S] that follow each, or [1] of the `last` only."""
-    logits = model(tokens, input_pos, cache, last)[0]
-    return sample(logits, input_pos[-len(logits) :], sampling)
+def step(model: Transformer, inputs: Tensor, cache: Tensor, sampling: Sampling, last: bool) -> Tensor:
+    """One forward pass of `inputs` [2, S], tokens and positions: the samples [S] after each, or [1] of the `last`."""
+    logits = model(inputs[:1], inputs[1], cache, last)[0]
+    return sample(logits, inputs[1, -len(logits) :], sampling)
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Engine:
     ids: list[int] = field(default_factory=list)
     compiled: dict[str, Callable] = field(default_factory=dict)  # steps by name; the others run eagerly
     checkpoint: Checkpoint | None = None  # where the model is from
+    programs: dict[tuple[str, int], Program] = field(default_factory=dict)  # steps of few rows, by name and rows
 
     def rewind(self, ids: list[int]) -> None:
         """Keep the beginning in common with `ids`, without their last: its logits are wanted, so it has to run."""
@@ -68,12 +70,13 @@ class Engine:
         """
         several = "verify" if verify else "prefill"
         name = "decode" if len(ids) == 1 else several
-        tokens = torch.tensor([ids], device=sampling.seed.device)
-        input_pos = torch.arange(len(self.ids), len(self.ids) + len(ids), device=tokens.device)
+        inputs = torch.tensor([ids, range(len(self.ids), len(self.ids) + len(ids))], device=sampling.seed.device)
+        run = self.compiled.get(name, step)
         if name in self.compiled and len(ids) > 1:
-            torch._dynamo.mark_dynamic(tokens, 1)
-            torch._dynamo.mark_dynamic(input_pos, 0)
-        samples = self.compiled.get(name, step)(self.model, tokens, input_pos, self.cache, sampling, name == "prefill")
+            torch._dynamo.mark_dynamic(inputs, 1)
+        elif name not in self.compiled and len(ids) <= cpu.MAX_ROWS:
+            run = self.programs.setdefault((name, len(ids)), Program(step))
+        samples = run(self.model, inputs, self.cache, sampling, name == "prefill")
         samples = tp.agree(samples.tolist)  # those of the first rank, should another have rounded otherwise
         if -1 in samples:
             raise ValueError("the model's logits are not finite: try --precision bfloat16, or another checkpoint")
@@ -235,9 +238,11 @@ class Session:
             self.engines.append(draft)
             guess = draft.guess
         self.speculation = Speculation(guess, args.speculate_k) if guess else None
+        seed = torch.zeros([], dtype=torch.int32, device=args.device)
+        self.sampling = Sampling(seed, torch.tensor(args.temperature).to(args.device), args.top_k, self.tokenizer.size)
         self.answers: list[Answer] = []
         print(f"Load time: {time.perf_counter() - start:.3f} s", file=sys.stderr)
-        if args.compile or args.compile_prefill:
+        if args.compile_prefill or (args.compile and not cpu.takes_rows(self.engines[0].model.norm.weight)):
             self.compile()
 
     def load(self, path: Path, make_engine: Callable, draft: bool = False) -> Engine:
@@ -251,18 +256,15 @@ class Session:
         start = time.perf_counter()
         needed = {"decode": True, "verify": self.speculation, "prefill": self.args.compile_prefill}
         names = [name for name, is_needed in needed.items() if is_needed]
+        plans = [names, ["decode", "prefill"]]
+        if cpu.takes_rows(self.engines[0].model.norm.weight):  # few rows run without Python anyway
+            plans = [["prefill"]] * 2
         try:
-            for engine, steps in zip(self.engines, [names, ["decode", "prefill"]], strict=False):
-                engine.compile(steps, self.sampling())
+            for engine, steps in zip(self.engines, plans, strict=False):
+                engine.compile(steps, self.sampling)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise ValueError(f"--compile: {str(error).splitlines()[0]}: mend that, or do without --compile") from error
         print(f"Compile time: {time.perf_counter() - start:.3f} s", file=sys.stderr)
-
-    def sampling(self, i: int = 0) -> Sampling:
-        """That of answer i, with seed + i."""
-        seed = torch.tensor((self.args.seed + i) % 2**31, dtype=torch.int32, device=self.args.device)
-        temperature = torch.tensor(self.args.temperature, device=self.args.device)
-        return Sampling(seed, temperature, self.args.top_k, self.tokenizer.size)
 
     def conversation(self) -> Conversation:
         """A new one, in which nothing has been said."""
@@ -276,12 +278,13 @@ class Session:
         eos_id = None if self.args.ignore_eos else self.tokenizer.eos_id
         limit, context = self.args.max_new_tokens, self.checkpoint.args.max_seq_length
         start = time.perf_counter()
+        self.sampling.seed.fill_((self.args.seed + i) % 2**31)
         if self.speculation:
             self.speculation.rounds.clear()
         with suppress(KeyboardInterrupt) if may_interrupt else nullcontext():
             engine.rewind(prompt)
             answer.cached = len(engine.ids)
-            for token in generate(engine, prompt, limit, eos_id, self.sampling(i), self.speculation):
+            for token in generate(engine, prompt, limit, eos_id, self.sampling, self.speculation):
                 answer.ids.append(token)
                 answer.times.append(time.perf_counter() - start)
                 print(stream.push(token), end="", flush=True)
@@ -351,8 +354,8 @@ def answer_all(args: argparse.Namespace, make_engine: Callable = Engine) -> Sess
     tp.join(args.device)
     if args.interactive and args.system == "-":
         raise ValueError("--system -: standard input is the conversation; give a text, or @FILE")
-    texts = [] if args.interactive else args.prompt or ["Hello, my name is"]
-    texts = tp.agree(lambda: [terminal.read_text(text, "--prompt") for text in texts])
+    asked = [] if args.interactive else args.prompt or ["Hello, my name is"]
+    texts = tp.agree(lambda: [terminal.read_text(text, "--prompt") for text in asked])
     session = Session(args, make_engine)
     if args.interactive:
         converse(session.conversation(), session.answer, session.statistics)

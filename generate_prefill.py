@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,6 @@ import tp
 from generate import Engine, answer_all, build_parser
 
 BLOCK = 16  # tokens whose keys and values are one file
-SYSTEM = "Square numbers: " + ", ".join(f"{n} * {n} = {n * n}" for n in range(1, 41))
 
 
 class Store:
@@ -89,12 +88,16 @@ class Store:
     def trim(self) -> None:
         """Delete the least recently used files until the others fit the budget, and the remains of killed processes."""
         terminal.delete_abandoned(self.folder, ".*.kv.[0-9]*.tmp")
-        files = {path: path.stat() for path in self.folder.glob("?" * 64 + ".kv") if path.is_file()}
-        total = sum(status.st_size for status in files.values())
-        for path, status in sorted(files.items(), key=lambda item: item[1].st_mtime_ns):
-            if total > self.budget and not path.is_symlink() and path.read_bytes().startswith(self.MAGIC):
-                path.unlink(missing_ok=True)
-                total -= status.st_size
+        used = {}
+        for path in self.folder.glob("?" * 64 + ".kv"):
+            with suppress(FileNotFoundError):  # another process makes room as well
+                used[path] = path.stat().st_mtime_ns
+        total = 0
+        for path in sorted(used, key=used.get, reverse=True):
+            with suppress(FileNotFoundError):
+                total += path.stat().st_size
+                if total > self.budget and path.is_file() and path.read_bytes().startswith(self.MAGIC):
+                    path.unlink()  # of a link that somebody made, the link
 
 
 @dataclass
@@ -155,16 +158,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.cache_dir == "":  # which would mean the working directory
         parser.error("argument --cache_dir: it is empty: give a folder")
-    if not (args.system or args.prompt or args.interactive):
-        args.system, args.prompt = SYSTEM, ["12 * 12 =", "41 * 41 ="]
-    make_engine = Engine
-    if not args.no_cache and args.device == "cpu":  # on CUDA it takes longer to read a prefix than to compute it
-        store = Store(Path(args.cache_dir or args.checkpoint_path.parent), int(args.cache_gb * 1e9))
-        make_engine = partial(CachedEngine, store=store)
-    session = answer_all(args, make_engine)
-    print("answer  cached  computed  first token", file=sys.stderr)
-    for i, each in enumerate(session.answers, 1):
-        print(f"{i:6}{each.cached:8}{each.prompt - each.cached:10}{each.times[0]:11.3f} s", file=sys.stderr)
+    store = Store(Path(args.cache_dir or args.checkpoint_path.parent), int(args.cache_gb * 1e9))
+    cached = not args.no_cache and args.device == "cpu"  # CUDA reads a prefix more slowly than it computes it
+    answer_all(args, partial(CachedEngine, store=store) if cached else Engine)
 
 
 if __name__ == "__main__":

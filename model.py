@@ -44,9 +44,9 @@ class Attention(nn.Module):
         self.wqkv = kernels.Linear(args.dim, (args.n_head + 2 * args.n_kv_head) * args.head_dim)
         self.wo = kernels.Linear(args.n_head * args.head_dim, args.dim)
 
-    def forward(self, x: Tensor, rope: Tensor, input_pos: Tensor, cache: Tensor) -> Tensor:
+    def forward(self, x: Tensor, frequencies: Tensor, input_pos: Tensor, cache: Tensor) -> Tensor:
         """`x` [B, S, dim] to [B, S, dim]; the others as kernels.attention has them."""
-        return self.wo(kernels.attention(self.wqkv(x), rope, input_pos, cache))
+        return self.wo(kernels.attention(self.wqkv(x), frequencies, input_pos, cache))
 
 
 class FeedForward(nn.Module):
@@ -59,8 +59,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [B, S, dim] to [B, S, dim]."""
-        gate, up = self.w13(x).chunk(2, dim=-1)
-        return self.w2(nn.functional.silu(gate) * up)
+        return self.w2(kernels.swiglu(self.w13(x)))
 
 
 class TransformerBlock(nn.Module):
@@ -70,13 +69,13 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.attention = Attention(args)
         self.feed_forward = FeedForward(args)
-        self.attention_norm = nn.RMSNorm(args.dim, args.norm_eps)
-        self.ffn_norm = nn.RMSNorm(args.dim, args.norm_eps)
+        self.attention_norm = kernels.RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = kernels.RMSNorm(args.dim, args.norm_eps)
 
     @torch.compiler.nested_compile_region  # compiled once for all layers: compile time does not grow with depth
-    def forward(self, x: Tensor, rope: Tensor, input_pos: Tensor, cache: Tensor) -> Tensor:
+    def forward(self, x: Tensor, frequencies: Tensor, input_pos: Tensor, cache: Tensor) -> Tensor:
         """`x` [B, S, dim] to [B, S, dim]; the others as kernels.attention has them."""
-        h = x + self.attention(self.attention_norm(x), rope, input_pos, cache)
+        h = x + self.attention(self.attention_norm(x), frequencies, input_pos, cache)
         return h + self.feed_forward(self.ffn_norm(h))
 
 
@@ -89,8 +88,10 @@ class Transformer(nn.Module):
         # from_pretrained draws no random weights, which on the meta device would import the compiler (2 s)
         self.tok_embeddings = nn.Embedding.from_pretrained(torch.empty(args.vocab_size, args.dim))
         self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layer))
-        self.norm = nn.RMSNorm(args.dim, args.norm_eps)
+        self.norm = kernels.RMSNorm(args.dim, args.norm_eps)
         self.output = kernels.Linear(args.dim, args.vocab_size)
+        # No buffer: it stays in float32, and on the CPU until the weights are loaded.
+        self.frequencies = kernels.rope_frequencies(args.head_dim, args.rope_theta, args.rope_scale)
 
     def make_cache(self, max_seq_length: int, batch: int = 1) -> Tensor:
         """An empty cache [n_layer, 2, batch, n_kv_head, max_seq_length, head_dim] of keys and values.
@@ -101,15 +102,13 @@ class Transformer(nn.Module):
         return self.tok_embeddings.weight.new_empty(shape)
 
     def forward(self, tokens: Tensor, input_pos: Tensor, cache: Tensor, last_only: bool = False) -> Tensor:
-        """Logits in float32 of `tokens` [B, S] at the positions `input_pos` [S], which are consecutive.
+        """Logits of `tokens` [B, S] at the positions `input_pos` [S], which are consecutive.
 
         Keys and values are written to `cache` at these positions; positions behind them are not looked at. Returns
         [B, S, vocab_size], or [B, 1, vocab_size] of the last position where `last_only`.
         """
         x = self.tok_embeddings(tokens)
-        rope = kernels.rope_table(input_pos, self.args.head_dim, self.args.rope_theta, self.args.rope_scale)
         for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x = layer(x, rope, input_pos, layer_cache)
-        if last_only:
-            x = x[:, -1:]
-        return self.output(self.norm(x)).float()
+            x = layer(x, self.frequencies, input_pos, layer_cache)
+        x = x[:, -1:] if last_only else x
+        return self.output(self.norm(x))

@@ -65,12 +65,11 @@ def number(low: float, high: float = math.inf, kind: type = int) -> Callable[[st
     """An argparse type: a number of `kind` from `low` to `high`."""
 
     def parse(text: str) -> float:
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text}: must be from {low} to {high}")
-        return value
+        with suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text}: must be from {low} to {high} ({kind.__name__})")
 
-    parse.__name__ = kind.__name__  # argparse says so where `kind` refuses the text
     return parse
 
 

@@ -54,7 +54,7 @@ BITS = {  # what is compared with what: the same number of bits per weight, or n
     "4.5 bits": ["int4 g64", "llama.cpp Q4_0"],
 }
 BYTES = {"16 bits": 2, "8 bits": 1.1, "5 bits": 0.65, "4.5 bits": 0.58}  # of a weight, the embedding table included
-WITHOUT = ("products", "attention", "prefetch")  # mechanisms that a worker can switch off
+WITHOUT = ("products", "attention", "prefetch", "replay", "threads")  # mechanisms that a worker can switch off
 
 
 # ---- Arithmetic
@@ -201,18 +201,32 @@ def memory() -> dict[str, float]:
     return {name: int(lines[key].split()[0]) / 1e6 for name, key in (("anonymous", "RssAnon"), ("mapped", "RssFile"))}
 
 
+def rebuild(old: str, new: str) -> None:
+    """Let cpu.library be cpu.cpp with `new` in place of `old`."""
+    with tempfile.TemporaryDirectory() as folder:
+        before, cpu.BUILD = cpu.BUILD, Path(folder) / "build.sh"
+        shutil.copy(before, cpu.BUILD)
+        source = before.with_name("cpu.cpp").read_text()
+        if old not in source:
+            raise ValueError(f"cpu.cpp no longer has {old!r}")
+        cpu.BUILD.with_name("cpu.cpp").write_text(source.replace(old, new))
+        cpu.library.cache_clear()
+        cpu.library()
+
+
 def switch_off(mechanism: str) -> None:
     """Replace one of WITHOUT by what PyTorch does, or by nothing, before a kernel is used."""
     if mechanism == "products":
-        cpu.takes_product = lambda x, weight, minimum: False
+        cpu.GROUPSIZES = ()
     elif mechanism == "attention":
-        cpu.takes_attention = lambda qkv, cache: False
+        cpu.MAX_HEAD_DIM = 0
     elif mechanism == "prefetch":
-        source = cpu.SOURCE.read_text()
-        with tempfile.TemporaryDirectory() as folder:
-            cpu.SOURCE = Path(folder) / "cpu.cpp"
-            cpu.SOURCE.write_text(source.replace("AHEAD = 8192", "AHEAD = 0"))
-            cpu.library()  # from now on it is this one
+        rebuild("AHEAD = 4096", "AHEAD = 0")
+    elif mechanism == "replay":
+        cpu.Program.VIEWS = ()  # so no step can be repeated
+    elif mechanism == "threads":
+        line = "    static long workers = 0;\n"
+        rebuild(line, f"    for (long i = 0; i < count; i++) execute(calls + i);\n    return;\n{line}")
 
 
 def ours(path: Path, device: str, compiled: bool, without: str) -> tuple[dict, Callable]:
@@ -223,7 +237,7 @@ def ours(path: Path, device: str, compiled: bool, without: str) -> tuple[dict, C
     engine = Engine(model, model.make_cache(checkpoint.args.max_seq_length))
     sampling = Sampling(torch.tensor(1, dtype=torch.int32, device=device), torch.tensor(0.8, device=device))
     start = time.perf_counter()
-    if compiled:
+    if compiled and not cpu.takes_rows(model.norm.weight):
         engine.compile(["decode", "verify"], sampling)
     says = {"weights": weight_bytes(model), "args": asdict(checkpoint.args), "compile": time.perf_counter() - start}
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from kernels import cpu
 
+SLAB = 2**22  # weights that are dequantized at a time
+
 
 class Linear(nn.Module):
     """A product with a weight that is stored in 16, 8 or 4 bits: see `dequantize` for the layouts.
@@ -38,8 +40,26 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., n_in] times the transpose of the weight: [..., n_out] in the dtype of `x`."""
         if x.device.type == "cpu":
-            return torch.ops.llama.linear(x, self.weight, self.scale, self.minimum)
+            return torch.ops.llama.linear(x.contiguous(), self.weight, self.scale, self.minimum)
         return F.linear(x, dequantize(self.weight, self.scale, self.minimum, x.dtype))
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root mean square normalization of the channels, https://arxiv.org/abs/1910.07467"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [..., dim] to the same shape."""
+        if cpu.takes_rows(x):
+            return cpu.compute("rms_norm", x, x.shape[-1], self.weight, round(self.eps * 1e12))
+        return super().forward(x)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu of the first half of the channels times the second half, https://arxiv.org/abs/2002.05202"""
+    if cpu.takes_rows(x):
+        return cpu.compute("swiglu", x, x.shape[-1] // 2, None, 0)
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 def dequantize(weight: Tensor, scale: Tensor | None, minimum: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -61,84 +81,91 @@ def dequantize(weight: Tensor, scale: Tensor | None, minimum: Tensor | None, dty
 
 def _linear_cpu(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None) -> Tensor:
     """The operator llama.linear on a CPU."""
-    if not cpu.takes_product(x, weight, minimum):
+    n_in, n_out = x.shape[-1], len(weight)
+    groupsize = 0 if minimum is None else n_in // minimum.shape[1]
+    stored = weight.dtype in cpu.BITS and weight.is_contiguous() and groupsize in cpu.GROUPSIZES
+    if x.dtype == torch.float16 or not stored or n_in % 32 != 0 or cpu.library() is None:
         return F.linear(x, dequantize(weight, scale, minimum, x.dtype))
-    rows = x.numel() // x.shape[-1]
+    form = (cpu.BITS[weight.dtype], groupsize)
     # From so many rows on the library reads a float weight faster; a quantized one would have to be restored first.
     most = cpu.MAX_ROWS if scale is None else 4 * cpu.MAX_ROWS
-    if x.dtype == torch.bfloat16 and rows <= most:
-        return cpu.multiply_few(x, weight, scale, minimum)
+    if x.dtype == torch.bfloat16 and x.numel() <= most * n_in:
+        return cpu.compute("linear", x, n_out, weight, scale, minimum, *form)
     if scale is None:
         return F.linear(x, weight.to(x.dtype))
-    return cpu.multiply_many(x, weight, scale, minimum)
+    y = x.new_empty(*x.shape[:-1], n_out)
+    count = max(1, SLAB // n_in)  # library products on slabs, restored within the cache
+    for start in range(0, n_out, count):
+        slab = slice(start, start + count)
+        part = [None if tensor is None else tensor[slab] for tensor in (weight, scale, minimum)]
+        restored = x.new_empty(len(part[0]), n_in)
+        cpu.execute("dequantize", None, 0, n_in, len(restored), *part, *form, restored, x.dtype == torch.float32)
+        y[..., slab] = F.linear(x, restored)
+    return y
 
 
-def _attention(qkv: Tensor, rope: Tensor, input_pos: Tensor, cache: Tensor) -> Tensor:
+def _attention(qkv: Tensor, frequencies: Tensor, input_pos: Tensor, cache: Tensor) -> Tensor:
     """The operator llama.attention on every device."""
-    if cpu.takes_attention(qkv, cache):
-        return cpu.attend(qkv, rope, input_pos, cache)
-    batch, rows, _ = qkv.shape
-    _, _, n_kv_head, _, head_dim = cache.shape
+    batch, rows, channels = qkv.shape
+    _, _, n_kv_head, positions, head_dim = cache.shape
+    if cpu.takes_rows(qkv) and batch == 1 and head_dim <= cpu.MAX_HEAD_DIM:
+        shape = (n_kv_head, head_dim, positions)
+        n_out = channels - 2 * n_kv_head * head_dim
+        return cpu.compute("attention", qkv, n_out, frequencies, input_pos, *shape, cache[0], cache[1])
     heads = qkv.view(batch, rows, -1, head_dim).transpose(1, 2)  # [B, heads, S, head_dim]
     n_head = heads.shape[1] - 2 * n_kv_head
     q, k, v = heads.split([n_head, n_kv_head, n_kv_head], dim=1)
-    cache[0].index_copy_(2, input_pos, _rotate(k, rope))
+    angles = torch.outer(input_pos.float(), frequencies)
+    cache[0].index_copy_(2, input_pos, _rotate(k, angles))
     cache[1].index_copy_(2, input_pos, v)
     filled = int(input_pos[-1]) + 1
     mask = input_pos[:, None] >= torch.arange(filled, device=qkv.device)  # [S, filled]
     # The query heads that share a KV head become rows of one product: SDPA's enable_gqa is ten times slower on a CPU.
     group = n_head // n_kv_head
-    q = _rotate(q, rope).reshape(batch, n_kv_head, group * rows, head_dim)
+    q = _rotate(q, angles).reshape(batch, n_kv_head, group * rows, head_dim)
     keys, values = cache[:, :, :, :filled]
     y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask.repeat(group, 1))
     y = y.reshape(batch, n_head, rows, head_dim).transpose(1, 2)
     return y.reshape(batch, rows, n_head * head_dim)
 
 
-def rope_table(input_pos: Tensor, head_dim: int, theta: float, scale: float) -> Tensor:
-    """Cosines, then sines, of the rotary angles at `input_pos` [S]: [S, head_dim] in float32.
+def rope_frequencies(head_dim: int, theta: float, scale: float) -> Tensor:
+    """Radians [head_dim / 2] by which channel i turns with channel i + head_dim / 2 from one position to the next.
 
-    Half-split convention, as Hugging Face checkpoints have it: channel i turns with channel i + head_dim / 2 by
-    position / scale * theta ** (-2 i / head_dim). https://arxiv.org/abs/2104.09864
+    theta ** (-2 i / head_dim) / scale, in float32 on the CPU. https://arxiv.org/abs/2104.09864
     """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=input_pos.device) / head_dim
-    angles = torch.outer(input_pos.float(), 1.0 / (theta**exponent * scale))
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    return 1.0 / (theta**exponent * scale)
 
 
-def _rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """RoPE in float32: the two halves of the channels of `x` [B, heads, S, head_dim] turn by `rope` [S, head_dim]."""
-    cos, sin = rope.chunk(2, dim=-1)
+def _rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """RoPE in float32, half-split as Hugging Face has it: `x` [B, heads, S, head_dim] by `angles` [S, head_dim / 2]."""
+    cos, sin = angles.cos(), angles.sin()
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
-def _empty_product(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-def _empty_attention(qkv: Tensor, rope: Tensor, input_pos: Tensor, cache: Tensor) -> Tensor:
-    _, _, n_kv_head, _, head_dim = cache.shape
-    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] - 2 * n_kv_head * head_dim)
+def _empty_attention(qkv: Tensor, frequencies: Tensor, input_pos: Tensor, cache: Tensor) -> Tensor:
+    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] - 2 * cache.shape[2] * cache.shape[4])
 
 
 _library = torch.library.Library("llama", "DEF")
 _library.define("linear(Tensor x, Tensor weight, Tensor? scale, Tensor? minimum) -> Tensor")
 _library.impl("linear", _linear_cpu, "CPU")
-_library.impl("linear", _empty_product, "Meta")
+_library.impl("linear", lambda x, weight, scale, minimum: x.new_empty(*x.shape[:-1], len(weight)), "Meta")
 # The write to the cache is not declared: torch 2.13 refuses alias annotations inside nested_compile_region. It is safe
 # because in a compiled step nothing but this operator touches a cache, once a layer, and its result is always used.
-_library.define("attention(Tensor qkv, Tensor rope, Tensor input_pos, Tensor cache) -> Tensor")
+_library.define("attention(Tensor qkv, Tensor frequencies, Tensor input_pos, Tensor cache) -> Tensor")
 _library.impl("attention", _attention, "CompositeExplicitAutograd")
 _library.impl("attention", _empty_attention, "Meta")
 
 
-def attention(qkv: Tensor, rope: Tensor, input_pos: Tensor, cache: Tensor) -> Tensor:
+def attention(qkv: Tensor, frequencies: Tensor, input_pos: Tensor, cache: Tensor) -> Tensor:
     """Causal grouped-query attention of new rows over the filled part of a cache, with RoPE and the cache's update.
 
     `qkv` [B, S, (n_head + 2 n_kv_head) * head_dim] are the projections of the positions `input_pos` [S], consecutive;
-    `rope` [S, head_dim] their angles (`rope_table`); `cache` [2, B, n_kv_head, T, head_dim] has keys and values.
-    Those of the rows are written to it, then row i sees positions 0 to input_pos[i]. Returns [B, S, n_head *
+    `frequencies` [head_dim / 2] those of RoPE (`rope_frequencies`); `cache` [2, B, n_kv_head, T, head_dim] has keys and
+    values. Those of the rows are written to it, then row i sees positions 0 to input_pos[i]. Returns [B, S, n_head *
     head_dim].
     """
-    return torch.ops.llama.attention(qkv, rope, input_pos, cache)
+    return torch.ops.llama.attention(qkv.contiguous(), frequencies, input_pos.contiguous(), cache)

@@ -1,14 +1,16 @@
-// Decoding on a CPU at the speed of memory: few-row products, few-row attention, dequantization.
+// A decoding step on a CPU at the speed of memory: its operations, and the threads that repeat them.
 //
-// Plain C functions over raw pointers, called through ctypes by kernels/cpu.py; all tensors are contiguous. Activations
+// kernels/cpu.py describes a call as an operation and an array of 8-byte words; all tensors are contiguous. Activations
 // are bfloat16 and stay it, sums are float32. Two promises beside speed: row i of many is bit for bit that row alone, on
 // any number of threads (every row has accumulators of its own and a fixed order of additions), and a position's
 // attention does not depend on what lies behind it.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <utility>
+#include <mutex>
+#include <thread>
 #include <vector>
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(PORTABLE)
 #include <immintrin.h>
@@ -17,12 +19,14 @@
 
 using bf16 = uint16_t;
 #define UNROLLED _Pragma("GCC unroll 16")  // so that what an array holds stays in registers
-static constexpr long STRIP = 8;           // output channels that a thread takes at a time
+static constexpr long STRIP = 8;           // output channels that a product takes at a time
+static constexpr long TASK = 16384;        // bytes of weights in strips that are one task, if not one strip is more
 static constexpr long ROWS = 8;            // rows that one pass over a strip's weights serves
-static constexpr long CHUNK = 256;         // positions of the cache that are one task of attention
-static constexpr long AHEAD = 8192;        // bytes of weights that are asked of memory before they are needed
+static constexpr long AHEAD = 4096;        // bytes of weights that are asked of memory before they are needed
+static constexpr long SPINS = 50000;       // looks at the other threads, some 50 us, before a thread sleeps
 static constexpr long BLOCK = 128;         // activations are padded with zeros to whole blocks of so many channels
 static constexpr long MAX_HEAD_DIM = 1024;  // as kernels/cpu.py has it
+static constexpr long MAX_THREADS = 256;
 
 static inline float to_float(bf16 x) {
     return __builtin_bit_cast(float, uint32_t(x) << 16);
@@ -36,97 +40,72 @@ static inline bf16 to_bf16(float x) {
     return bf16((bits + 0x7FFF + odd) >> 16);
 }
 
-// A stored weight [out, in]. bits 16: bfloat16. 8: int8 times a float32 scale per output channel. 4: two neighbours in
-// a byte (even channel in the low nibble) times a scale plus a minimum, both bfloat16 [out, in / groupsize].
-struct Weight {
+// ---- An operation is a struct of its arguments, which are 8 bytes wide each and in the order of kernels/cpu.py. It runs
+// in phases, and a phase in tasks, which any threads do in any order; it begins when all tasks before it are done.
+struct Phase {
+    long (*tasks)(const void *operation);  // how many; it also makes room for what they leave to later phases
+    void (*run)(const void *operation, long task);
+};
+
+template <class O, auto TASKS, auto RUN> static constexpr Phase phase() {
+    return {[](const void *operation) { return (((const O *)operation)->*TASKS)(); },
+            [](const void *operation, long task) { (((const O *)operation)->*RUN)(task); }};
+}
+
+// What each begins with: x [rows, in], from which [rows, out] is made.
+struct Rows {
+    const bf16 *x;
+    long rows, in, out;
+
+    long each_row() const { return rows; }
+};
+
+// A stored weight [out, in]; `in` is a multiple of 32. bits 16: bfloat16. 8: int8 times a float32 scale per output
+// channel. 4: two neighbours in a byte (even channel in the low nibble) times a scale plus a minimum, both bfloat16
+// [out, in / groupsize].
+struct Weight : Rows {
     const uint8_t *data;
     const void *scale;
     const bf16 *minimum;
-    long bits, groupsize, in, out;
+    long bits, groupsize;
+    bf16 *y;
 
     const uint8_t *row(long n) const { return data + n * in * bits / 8; }
     float row_scale(long n) const { return ((const float *)scale)[n]; }  // of 8 bits
     const bf16 *group_scales() const { return (const bf16 *)scale; }     // of 4 bits
+    long groups() const { return bits == 4 ? in / groupsize : 0; }
+    long padded() const { return (in + BLOCK - 1) / BLOCK * BLOCK; }
 };
 
-// ---- Vectors of the compiler: N numbers of 32, 16 and 8 bits, as many as AVX-512 or AVX2 hold of 32 bits. Elsewhere
-// the compiler splits them.
-static constexpr int N = __BIGGEST_ALIGNMENT__ >= 64 ? 16 : 8;
-typedef float Lanes __attribute__((vector_size(4 * N)));
-typedef int32_t Words __attribute__((vector_size(4 * N)));
-typedef int16_t Halves __attribute__((vector_size(2 * N)));
-typedef int8_t Levels __attribute__((vector_size(N), aligned(1), may_alias));
-typedef uint8_t Pairs __attribute__((vector_size(N), aligned(1), may_alias));
-
-// Small integers to floats, in steps each of which is an instruction.
-template <class Bytes> static inline Lanes widen(Bytes x) {
-    const Halves halves = __builtin_convertvector(x, Halves);
-    const Words words = __builtin_convertvector(halves, Words);
-    return __builtin_convertvector(words, Lanes);
-}
-
-// N numbers from x on; unless WHOLE, zeros behind the first `count`.
-template <bool WHOLE = true> static inline Lanes load(const bf16 *x, long count = N) {
-    Halves half = {};
-    if (WHOLE || count >= N)
-        memcpy(&half, x, 2 * N);
-    else
-        memcpy(&half, x, count * sizeof(bf16));
-    Words words;
-    for (int i = 0; i < N; i++) words[i] = half[i] << 16;  // GCC makes more of this loop than of a conversion
-    return (Lanes)words;
-}
-
 // 32 channels of output channel n from channel k on, dequantized.
-static inline void decode(const Weight &w, long n, long k, Lanes *out) {
+static inline void decode(const Weight &w, long n, long k, float *values) {
     const uint8_t *p = w.row(n) + k * w.bits / 8;
     if (w.bits == 16) {
-        UNROLLED for (int i = 0; i < 32 / N; i++) out[i] = load((const bf16 *)p + N * i);
+        for (int i = 0; i < 32; i++) values[i] = to_float(((const bf16 *)p)[i]);
     } else if (w.bits == 8) {
-        UNROLLED for (int i = 0; i < 32 / N; i++) out[i] = widen(((const Levels *)p)[i]) * w.row_scale(n);
+        for (int i = 0; i < 32; i++) values[i] = int8_t(p[i]) * w.row_scale(n);
     } else {
-        const long group = n * (w.in / w.groupsize) + k / w.groupsize;
-        const float scale = to_float(w.group_scales()[group]);
-        const float minimum = to_float(w.minimum[group]);
-        UNROLLED for (int i = 0; i < 16 / N; i++) {
-            const Halves pair = __builtin_convertvector(((const Pairs *)p)[i], Halves);
-            const Halves two = (pair & 15) | (pair >> 4 << 8);  // the low nibble's level, then the high one's, in bytes
-            const Levels *levels = (const Levels *)&two;
-            UNROLLED for (int h = 0; h < 2; h++) out[2 * i + h] = widen(levels[h]) * scale + minimum;
-        }
+        const long group = n * w.groups() + k / w.groupsize;
+        const float scale = to_float(w.group_scales()[group]), minimum = to_float(w.minimum[group]);
+        uint16_t pairs[16];  // each with a level in either byte
+        for (int i = 0; i < 16; i++) pairs[i] = (p[i] & 15) | p[i] >> 4 << 8;
+        for (int i = 0; i < 32; i++) values[i] = ((const uint8_t *)pairs)[i] * scale + minimum;
     }
 }
 
-// Activations as the product reads them: [rows][padded] and, for 4 bits, the sum of each group [rows][groups], because
-// the minimum of a group is multiplied by nothing else.
-struct Rows {
-    std::vector<bf16> x;
-    std::vector<float> sums;
-    long padded, groups;
-};
+// Activations as a product reads them: [rows][padded] and, for 4 bits, the sum of each group [rows][groups], because the
+// minimum of a group is multiplied by nothing else. One operation runs at a time, so they are there once.
+static std::vector<bf16> activations;
+static std::vector<float> group_sums;
 
 #ifdef FAST
 // ---- Products with AVX512_BF16.
 //
 // A 4-bit level becomes bfloat16 by a table look-up: vpermw takes the low 5 bits of each 16-bit word as index, and with
 // the 16 levels stored twice it ignores bit 4, so nothing has to be masked. With word w of a 64-byte block holding the
-// channels 4w to 4w + 3, look-up p (after a shift by 4p) gives the channels 4w + p: `arrange` brings the activations
+// channels 4w to 4w + 3, look-up p (after a shift by 4p) gives the channels 4w + p: Product::prepare brings the activations
 // into that order, once a call. Each float lane of a sum then covers 8 neighbouring channels, so a block's scales are one
 // vector of lanes.
-static void arrange(const bf16 *x, bf16 *out) {
-    const Words lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const __m512i a = _mm512_loadu_si512(x);
-    const __m512i b = _mm512_loadu_si512(x + 32);
-    const __m512i c = _mm512_loadu_si512(x + 64);
-    const __m512i d = _mm512_loadu_si512(x + 96);
-    for (int p = 0; p < 4; p++) {
-        const __m512i order = (__m512i)(lane * 0x80008 + 0x40000 + p * 0x10001);  // words 4w + p, of which 6 bits count
-        const __m512i low = _mm512_permutex2var_epi16(a, order, b);
-        const __m512i high = _mm512_permutex2var_epi16(c, order, d);
-        _mm512_storeu_si512(out + p * 32, _mm512_mask_mov_epi16(low, 0xFFFF0000, high));
-    }
-}
-
 static inline __m512 int8_to_floats(__m128i x) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x));
 }
@@ -134,13 +113,11 @@ static inline __m512 int8_to_floats(__m128i x) {
 // Bits of a 64-byte block of weights to V vectors of 32 bfloat16: V is 1, 2, 4 for 16, 8, 4 bits. Exact in each case.
 template <int V> static inline void unpack(__m512i v, __m512i levels, __m512bh *q) {
     if constexpr (V == 1) q[0] = (__m512bh)v;
-    if constexpr (V == 2)
-        for (int i = 0; i < 2; i++) {
-            const __m256i half = i ? _mm512_extracti64x4_epi64(v, 1) : _mm512_castsi512_si256(v);
-            const __m512 low = int8_to_floats(_mm256_castsi256_si128(half));
-            const __m512 high = int8_to_floats(_mm256_extracti128_si256(half, 1));
-            q[i] = _mm512_cvtne2ps_pbh(high, low);
-        }
+    if constexpr (V == 2) {
+        const __m128i *quarter = (const __m128i *)&v;
+        q[0] = _mm512_cvtne2ps_pbh(int8_to_floats(quarter[1]), int8_to_floats(quarter[0]));
+        q[1] = _mm512_cvtne2ps_pbh(int8_to_floats(quarter[3]), int8_to_floats(quarter[2]));
+    }
     if constexpr (V == 4)
         UNROLLED for (int i = 0; i < 4; i++) {
             const __m512i shifted = (__m512i)((__v32hu)v >> 4 * i);
@@ -151,9 +128,9 @@ template <int V> static inline void unpack(__m512i v, __m512i levels, __m512bh *
 // R output channels from n on, times M rows from `first` on: every weight is decoded once for the M rows. The unrolling
 // pragmas are what keeps the sums in registers; the prefetches double the speed, for a row of weights is too short for
 // the hardware to learn where the next one begins, and it does not look across the end of a page.
-template <int V, int M, int R> static void block(const Weight &w, const Rows &rows, long first, long n, bf16 *y) {
-    const long bytes = w.in * w.bits / 8, padded = rows.padded, groups = rows.groups;
-    const bf16 *x = rows.x.data() + first * padded;
+template <int V, int M, int R> static void block(const Weight &w, long first, long n) {
+    const long bytes = w.in * w.bits / 8, padded = w.padded(), groups = w.groups();
+    const bf16 *x = activations.data() + first * padded;
     const int shift = V == 4 ? __builtin_ctzl(w.groupsize) : 7;
     const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512 numbers = _mm512_cvtepi32_ps(lane);
@@ -162,27 +139,26 @@ template <int V, int M, int R> static void block(const Weight &w, const Rows &ro
     const __m512i channel = _mm512_slli_epi32(lane, 3);
     const __m512i group = _mm512_slli_epi32(_mm512_srl_epi32(channel, _mm_cvtsi32_si128(shift)), 16);
     const uint8_t *p[R];
-    const bf16 *scales[R], *minima[R];
     __m512 sum[R][M];
     UNROLLED for (int r = 0; r < R; r++) {
         p[r] = w.row(n + r);
-        scales[r] = w.group_scales() + (n + r) * groups;
-        minima[r] = w.minimum + (n + r) * groups;
         UNROLLED for (int m = 0; m < M; m++) sum[r][m] = _mm512_setzero_ps();
     }
-    // 64 bytes of each channel from byte b on, of which those `inside` count; `few` masks the block's scales.
-    auto step = [&](long b, __mmask64 inside, __mmask8 few) __attribute__((always_inline)) {
+    // 64 bytes of each channel from byte b on, of which `count` are there.
+    auto step = [&](long b, long count) __attribute__((always_inline)) {
+        const __mmask64 inside = ~0ull >> (64 - count);
+        const __mmask8 groups_inside = (2 << ((2 * count - 1) >> shift)) - 1;
         __m512bh q[R][V];
         __m512 scale[R];
         UNROLLED for (int r = 0; r < R; r++) {
             _mm_prefetch((const char *)p[r] + b + AHEAD, _MM_HINT_T0);
             unpack<V>(_mm512_maskz_loadu_epi8(inside, p[r] + b), levels, q[r]);
             if constexpr (V == 4) {
-                const long g = 2 * b >> shift;
-                _mm_prefetch((const char *)(scales[r] + g) + AHEAD / 8, _MM_HINT_T0);
-                _mm_prefetch((const char *)(minima[r] + g) + AHEAD / 8, _MM_HINT_T0);
-                const __m512i words = _mm512_castsi128_si512(_mm_maskz_loadu_epi16(few, scales[r] + g));
-                scale[r] = (__m512)_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, group, words);
+                const long g = (n + r) * groups + (2 * b >> shift);
+                _mm_prefetch((const char *)(w.group_scales() + g) + AHEAD / 8, _MM_HINT_T0);
+                _mm_prefetch((const char *)(w.minimum + g) + AHEAD / 8, _MM_HINT_T0);
+                const __m128i words = _mm_maskz_loadu_epi16(groups_inside, w.group_scales() + g);
+                scale[r] = (__m512)_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, group, _mm512_castsi128_si512(words));
             }
         }
         UNROLLED for (int m = 0; m < M; m++)
@@ -195,131 +171,133 @@ template <int V, int M, int R> static void block(const Weight &w, const Rows &ro
                 sum[r][m] = V == 4 ? _mm512_fmadd_ps(d, scale[r], sum[r][m]) : d;
             }
     };
-    const long whole = bytes & ~63l, rest = bytes - whole;
-    const __mmask8 some = (1 << std::max(1, 128 >> shift)) - 1;
-    for (long b = 0; b < whole; b += 64) step(b, ~0ull, some);
-    if (rest) {
-        const __mmask8 last = (1 << (((2 * rest - 1) >> shift) + 1)) - 1;
-        step(whole, (1ull << rest) - 1, last);
-    }
+    const long whole = bytes & ~63l;
+    for (long b = 0; b < whole; b += 64) step(b, 64);
+    if (whole < bytes) step(whole, bytes - whole);
     UNROLLED for (int r = 0; r < R; r++)
         UNROLLED for (int m = 0; m < M; m++) {
-            const float *sums = rows.sums.data() + (first + m) * groups;
-            for (long g = 0; V == 4 && g < groups; g += 16) {  // the minima, times the sums of their groups
-                const __mmask16 inside = groups - g >= 16 ? 0xFFFF : __mmask16((1 << (groups - g)) - 1);
-                const __m512i words = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(inside, minima[r] + g));
-                const __m512 minimum = (__m512)_mm512_slli_epi32(words, 16);
-                sum[r][m] = _mm512_fmadd_ps(minimum, _mm512_maskz_loadu_ps(inside, sums + g), sum[r][m]);
-            }
+            const float *sums = group_sums.data() + (first + m) * groups;
+            float offset = 0;  // the minima, times the sums of their groups
+#pragma omp simd reduction(+ : offset)
+            for (long g = 0; g < (V == 4 ? groups : 0); g++) offset += to_float(w.minimum[(n + r) * groups + g]) * sums[g];
             const float scale = V == 2 ? w.row_scale(n + r) : 1.0f;
-            y[(first + m) * w.out + n + r] = to_bf16(_mm512_reduce_add_ps(sum[r][m]) * scale);
+            w.y[(first + m) * w.out + n + r] = to_bf16(_mm512_reduce_add_ps(sum[r][m]) * scale + offset);
         }
 }
 
-// The output channels n to `end`, times M rows.
-template <int V, int M> static void channels(const Weight &w, const Rows &rows, long first, long n, long end, bf16 *y) {
+// The output channels n to `end`, times `count` rows from `first` on, which are at most M.
+template <int V, int M> static void channels(const Weight &w, long first, long count, long n, long end) {
+    if constexpr (M > 1)
+        if (count < M) return channels<V, M - 1>(w, first, count, n, end);
     // One row reads memory as one stream; more share each activation between channels, where that is worth the streams.
     constexpr int R = M == 1 || (V == 1 && M < 4) ? 1 : V == 1 && M == 4 ? 4 : 2;
-    for (; n + R <= end; n += R) block<V, M, R>(w, rows, first, n, y);
-    for (; n < end; n++) block<V, M, 1>(w, rows, first, n, y);
+    for (; n + R <= end; n += R) block<V, M, R>(w, first, n);
+    for (; n < end; n++) block<V, M, 1>(w, first, n);
 }
 
-template <int V> static constexpr decltype(&channels<V, 1>) KERNELS[] = {
-    channels<V, 1>, channels<V, 2>, channels<V, 3>, channels<V, 4>,
-    channels<V, 5>, channels<V, 6>, channels<V, 7>, channels<V, 8>,
-};
-
-// The output channels n to `end`, times `count` rows from `first` on.
-static void strip(const Weight &w, const Rows &rows, long first, long count, long n, long end, bf16 *y) {
-    const auto *kernels = w.bits == 4 ? KERNELS<4> : w.bits == 8 ? KERNELS<2> : KERNELS<1>;
-    kernels[count - 1](w, rows, first, n, end, y);
+static void multiply(const Weight &w, long first, long count, long n, long end) {
+    const auto times = w.bits == 4 ? channels<4, ROWS> : w.bits == 8 ? channels<2, ROWS> : channels<1, ROWS>;
+    times(w, first, count, n, end);
 }
 #else
 // ---- Products on any other CPU: 32 sums a row.
-static void strip(const Weight &w, const Rows &rows, long first, long count, long n, long end, bf16 *y) {
+static void multiply(const Weight &w, long first, long count, long n, long end) {
     for (; n < end; n++) {
-        Lanes sum[ROWS][32 / N] = {}, weight[32 / N];
+        float sum[ROWS][32] = {}, weight[32];
         for (long k = 0; k < w.in; k += 32) {
             decode(w, n, k, weight);
             for (long m = 0; m < count; m++) {
-                const bf16 *x = &rows.x[(first + m) * rows.padded + k];
-                UNROLLED for (int i = 0; i < 32 / N; i++) sum[m][i] += weight[i] * load(x + N * i);
+                const bf16 *x = &activations[(first + m) * w.padded() + k];
+                UNROLLED for (int i = 0; i < 32; i++) sum[m][i] += weight[i] * to_float(x[i]);
             }
         }
         for (long m = 0; m < count; m++) {
             float total = 0;
-            for (int i = 0; i < 32; i++) total += sum[m][i / N][i % N];
-            y[(first + m) * w.out + n] = to_bf16(total);
+            for (int i = 0; i < 32; i++) total += sum[m][i];
+            w.y[(first + m) * w.out + n] = to_bf16(total);
         }
     }
 }
 #endif
 
-// Bring `count` activations x [count, in] into the form in which the product reads them.
-static void prepare(const Weight &w, const bf16 *x, long count, Rows &rows) {
-    rows.padded = (w.in + BLOCK - 1) / BLOCK * BLOCK;
-    rows.groups = w.bits == 4 ? w.in / w.groupsize : 0;
-    rows.x.assign(count * rows.padded, 0);
-    rows.sums.assign(count * rows.groups, 0.0f);
-    for (long m = 0; m < count; m++) {
-        bf16 *row = rows.x.data() + m * rows.padded;
-        memcpy(row, x + m * w.in, w.in * sizeof(bf16));
-        for (long g = 0; g < rows.groups; g++) {
+// y = x times the weight's transpose.
+struct Product : Weight {
+    long begin() const {
+        activations.resize(rows * padded());
+        group_sums.resize(rows * groups());
+        return rows;
+    }
+
+    // Bring row m into the form in which `multiply` reads it.
+    void prepare(long m) const {
+        std::vector<bf16> row(padded());
+        std::copy_n(x + m * in, in, row.data());
+        for (long g = 0; g < groups(); g++) {
             float sum = 0;
 #pragma omp simd reduction(+ : sum)
-            for (long k = g * w.groupsize; k < (g + 1) * w.groupsize; k++) sum += to_float(row[k]);
-            rows.sums[m * rows.groups + g] = sum;
+            for (long k = g * groupsize; k < (g + 1) * groupsize; k++) sum += to_float(row[k]);
+            group_sums[m * groups() + g] = sum;
         }
+        bf16 *to = &activations[m * padded()];
+        std::copy(row.begin(), row.end(), to);
 #ifdef FAST
-        if (w.bits == 4)
-            for (long k = 0; k < rows.padded; k += BLOCK) arrange(row + k, row + k);
+        for (long k = 0; bits == 4 && k < padded(); k += BLOCK, to += BLOCK)
+            for (int p = 0; p < 4; p++)
+                for (int w = 0; w < 32; w++) to[32 * p + w] = row[k + 4 * w + p];
 #endif
     }
-}
 
-// y [rows, out] = x [rows, in] times the weight's transpose; `in` a multiple of 32.
-extern "C" void linear(const bf16 *x, long count, const uint8_t *data, const void *scale, const bf16 *minimum,
-                       long bits, long groupsize, long in, long out, bf16 *y) {
-    thread_local Rows rows;  // kept: fresh memory is slow
-    const Weight w = {data, scale, minimum, bits, groupsize, in, out};
-    prepare(w, x, count, rows);
-    const Rows &shared = rows;
-    // As many rows as registers hold beside the levels of two channels, and the first cache besides the weights.
-    const long pass = bits == 4 || in > 3072 ? ROWS / 2 : ROWS;
-#pragma omp parallel for schedule(static)
-    for (long n = 0; n < out; n += STRIP) {
-        const long end = std::min(n + STRIP, out);
-        for (long first = 0; first < count; first += pass)
-            strip(w, shared, first, std::min(pass, count - first), n, end, y);
+    long channels() const { return STRIP * std::max(1l, TASK * 8 / (STRIP * in * bits)); }  // of a task
+    long tasks() const { return (out + channels() - 1) / channels(); }
+    void run(long task) const {
+        // As many rows as registers hold beside the levels of two channels, and the first cache besides the weights.
+        const long pass = bits == 4 || in > 3072 ? ROWS / 2 : ROWS;
+        const long last = std::min((task + 1) * channels(), out);
+        for (long n = task * channels(); n < last; n += STRIP)
+            for (long first = 0; first < rows; first += pass)
+                multiply(*this, first, std::min(pass, rows - first), n, std::min(n + STRIP, last));
     }
-}
+};
+extern "C" const Phase linear[] = {
+    phase<Product, &Product::begin, &Product::prepare>(), phase<Product, &Product::tasks, &Product::run>(), {}};
 
-// 32 numbers, rounded to bfloat16.
-static inline void store(bf16 *to, const Lanes *values) {
-#ifdef FAST
-    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(values[1], values[0]));
-#else
-    for (int i = 0; i < 32; i++) to[i] = to_bf16(values[i / N][i % N]);
-#endif
-}
+// The weight itself: y [out, in] in bfloat16 or, where `wide`, in float32. There is no x.
+struct Restoration : Weight {
+    long wide;
 
-// The weight [out, in], in bfloat16 or, where `wide`, in float32; `in` a multiple of 32.
-extern "C" void dequantize(const uint8_t *data, const void *scale, const bf16 *minimum, long bits, long groupsize,
-                           long in, long out, bool wide, void *y) {
-    const Weight w = {data, scale, minimum, bits, groupsize, in, out};
-#pragma omp parallel for schedule(static)
-    for (long n = 0; n < out; n++)
+    long each_channel() const { return out; }
+    void run(long n) const {
+        float values[32];
         for (long k = 0; k < in; k += 32) {
-            Lanes values[32 / N];
-            decode(w, n, k, values);
+            decode(*this, n, k, values);
             if (wide)
                 memcpy((float *)y + n * in + k, values, sizeof values);
             else
-                store((bf16 *)y + n * in + k, values);
+                for (int i = 0; i < 32; i++) y[n * in + k + i] = to_bf16(values[i]);
         }
-}
+    }
+};
+extern "C" const Phase dequantize[] = {phase<Restoration, &Restoration::each_channel, &Restoration::run>(), {}};
 
-// ---- Attention.
+// ---- Functions that the operations share.
+
+// The sum of the products of `count` numbers.
+static inline float dot(const bf16 *a, const bf16 *b, long count) {
+#ifdef FAST
+    __m512 sums = _mm512_setzero_ps();
+    for (long c = 0; c < count; c += 32) {
+        const __mmask32 inside = count - c >= 32 ? ~0u : (1u << (count - c)) - 1;
+        const __m512bh left = (__m512bh)_mm512_maskz_loadu_epi16(inside, a + c);
+        sums = _mm512_dpbf16_ps(sums, left, (__m512bh)_mm512_maskz_loadu_epi16(inside, b + c));
+    }
+    return _mm512_reduce_add_ps(sums);
+#else
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (long c = 0; c < count; c++) sum += to_float(a[c]) * to_float(b[c]);
+    return sum;
+#endif
+}
 
 // e to the x <= 0 within 3 ulp (from -87 on), in operations that vectorize: 2 to the integer part of x / ln 2, times
 // the Taylor polynomial of the rest, from which ln 2 is taken in two parts so that nothing of it is lost.
@@ -331,114 +309,252 @@ static inline float exponential(float x) {
     return p * __builtin_bit_cast(float, (int32_t(n) + 127) << 23);
 }
 
-// Sums of neighbours: those of a, then those of b.
-template <int... I> static inline Lanes fold(Lanes a, Lanes b, std::integer_sequence<int, I...>) {
-    const Lanes even = Lanes{(2 * I < N ? a : b)[2 * I % N]...};
-    const Lanes odd = Lanes{(2 * I < N ? a : b)[2 * I % N + 1]...};
-    return even + odd;
+// The natural logarithm of a normal x > 0 within 3 ulp: x is 2 to the n times m, with m between the square roots of 1/2
+// and 2, and ln m = 2 artanh(s), s = (m - 1) / (m + 1), of which five terms of the series are enough.
+static inline float logarithm(float x) {
+    const int32_t bits = __builtin_bit_cast(int32_t, x);
+    const int32_t n = (bits - 0x3F3504F3) >> 23;
+    const float m = __builtin_bit_cast(float, bits - n * 0x800000);
+    const float s = (m - 1) / (m + 1), z = s * s;
+    const float series = 2 * s * (1 + z * (1 / 3.0f + z * (1 / 5.0f + z * (1 / 7.0f + z / 9))));
+    return n * 0.693359375f + (series - n * 2.12194440e-4f);
 }
 
-// Lane i of the result is the sum of the lanes of x[i]; x has N vectors, and is overwritten.
-static inline Lanes lane_sums(Lanes *x) {
-    constexpr auto lanes = std::make_integer_sequence<int, N>();
-    UNROLLED for (int count = N / 2; count; count /= 2)
-        UNROLLED for (int i = 0; i < count; i++) x[i] = fold(x[2 * i], x[2 * i + 1], lanes);
-    return x[0];
+// A bijection of 32-bit integers: see kernels/sampling.py.
+static inline uint32_t hash32(uint32_t x) {
+    x = (x ^ (x >> 16)) * 0x7FEB352D;
+    x = (x ^ (x >> 15)) * 0x846CA68B;
+    return x ^ (x >> 16);
 }
 
-// Softmax-weighted sum of `count` values for one query: out = sum of exp(score - maximum) * v, then that maximum, then
-// the sum of the exponentials. SIZE is head_dim where the compiler is to know it, or 0.
-template <long SIZE> static void attend(const bf16 *q, const bf16 *k, const bf16 *v, long count, long any, float *out) {
-    const long head_dim = SIZE ? SIZE : any;
-    constexpr bool WHOLE = SIZE != 0;
-    float scores[CHUNK], top = -INFINITY, total = 0;
-    for (long j = 0; j < count; j += N) {  // N keys at a time
-        Lanes dots[N] = {};
-        UNROLLED for (long n = 0; n < N; n++) {
-            const bf16 *key = k + std::min(j + n, count - 1) * head_dim;
-            for (long i = 0; i < head_dim; i += N)
-                dots[n] += load<WHOLE>(q + i, head_dim - i) * load<WHOLE>(key + i, head_dim - i);
+// ---- What stands between products. `other` is the embedding table, the other addend, or the weight of a norm.
+struct Between : Rows {
+    const bf16 *other;
+    long eps;  // in units of 1e-12
+    bf16 *y;
+
+    // x: token ids, int64.
+    void embed(long row) const { memcpy(y + row * out, other + ((const int64_t *)x)[row] * out, out * sizeof(bf16)); }
+
+    void sum(long row) const {
+        for (long i = row * in; i < (row + 1) * in; i++) y[i] = to_bf16(to_float(x[i]) + to_float(other[i]));
+    }
+
+    void norm(long row) const {
+        const bf16 *from = x + row * in;
+        const float factor = 1 / std::sqrt(dot(from, from, in) / in + eps * 1e-12f);
+        for (long i = 0; i < in; i++) y[row * in + i] = to_bf16(to_float(from[i]) * factor * to_float(other[i]));
+    }
+
+    // silu of the first half of a row, rounded, times the second half.
+    void gate(long row) const {
+        for (long i = 0; i < out; i++) {
+            const float gate = to_float(x[row * in + i]), up = to_float(x[row * in + out + i]);
+            const float e = exponential(-std::abs(gate));
+            const float silu = (gate < 0 ? gate * e : gate) / (1 + e);
+            y[row * out + i] = to_bf16(to_float(to_bf16(silu)) * up);
         }
-        const Lanes all = lane_sums(dots) / std::sqrt(float(head_dim));
-        memcpy(scores + j, &all, sizeof all);
     }
-    for (long j = 0; j < count; j++) top = std::max(top, scores[j]);
-#pragma omp simd reduction(+ : total)
-    for (long j = 0; j < count; j++) total += scores[j] = exponential(scores[j] - top);
-    for (long i = 0; i < head_dim; i += 4 * N) {  // four sums at a time stay in registers
-        Lanes sum[4] = {};
-        for (long j = 0; j < count; j++)
-            UNROLLED for (long n = 0; n < 4; n++) {
-                const long at = i + N * n;
-                if (at < head_dim) sum[n] += scores[j] * load<WHOLE>(v + j * head_dim + at, head_dim - at);
-            }
-        memcpy(out + i, sum, std::min(4l * N, head_dim - i) * sizeof(float));
-    }
-    out[head_dim] = top;
-    out[head_dim + 1] = total;
-}
+};
+extern "C" const Phase embedding[] = {phase<Between, &Between::each_row, &Between::embed>(), {}};
+extern "C" const Phase add[] = {phase<Between, &Between::each_row, &Between::sum>(), {}};
+extern "C" const Phase rms_norm[] = {phase<Between, &Between::each_row, &Between::norm>(), {}};
+extern "C" const Phase swiglu[] = {phase<Between, &Between::each_row, &Between::gate>(), {}};
 
-// One row's RoPE and its part of the caches. x: queries, keys and values of the row; `queries` gets the turned queries,
-// the caches get keys and values at `position`.
-static void rotate_and_store(const bf16 *x, const float *rope, long position, long n_head, long n_kv_head,
-                             long head_dim, long positions, bf16 *queries, bf16 *k_cache, bf16 *v_cache) {
-    const long half = head_dim / 2;
-    const float *cos = rope, *sin = rope + half;
-    for (long h = 0; h < n_head + n_kv_head; h++, x += head_dim) {
-        const long kv_head = h - n_head;
-        bf16 *to = h < n_head ? queries + h * head_dim : k_cache + (kv_head * positions + position) * head_dim;
+// ---- Attention.
+
+// x: queries [n_head], keys and values [n_kv_head] of each row at the positions `input_pos`, which are consecutive; y
+// [n_head]; caches [n_kv_head, positions], which get the rows' keys and values; everything times head_dim. `frequencies`
+// are the radians by which the channels i and i + head_dim / 2 turn from one position to the next.
+struct Attention : Rows {
+    const float *frequencies;
+    const int64_t *input_pos;
+    long n_kv_head, head_dim, positions;
+    bf16 *k_cache, *v_cache, *y;
+
+    static inline std::vector<bf16> queries;  // turned
+    long n_head() const { return out / head_dim; }
+    long begin() const {
+        queries.resize(rows * out);
+        return rows;
+    }
+
+    // RoPE of a row's queries and keys; the caches get its keys and values.
+    void rotate(long row) const {
+        const long half = head_dim / 2, position = input_pos[row];
+        float cos[MAX_HEAD_DIM / 2], sin[MAX_HEAD_DIM / 2];
         for (long i = 0; i < half; i++) {
-            const float a = to_float(x[i]), b = to_float(x[i + half]);
-            to[i] = to_bf16(a * cos[i] - b * sin[i]);
-            to[i + half] = to_bf16(b * cos[i] + a * sin[i]);
+            cos[i] = std::cos(position * frequencies[i]);
+            sin[i] = std::sin(position * frequencies[i]);
         }
-    }
-    for (long h = 0; h < n_kv_head; h++, x += head_dim)
-        memcpy(v_cache + (h * positions + position) * head_dim, x, head_dim * sizeof(bf16));
-}
-
-// The softmax over all of a row's chunks, from what `attend` left of each, in their order: y [head_dim].
-static void combine(const float *part, long chunks, long head_dim, bf16 *y) {
-    const long size = head_dim + 2;
-    float top = -INFINITY, total = 0, sum[MAX_HEAD_DIM] = {};
-    for (long c = 0; c < chunks; c++) top = std::max(top, part[c * size + head_dim]);
-    for (long c = 0; c < chunks; c++) {
-        const float weight = exponential(part[c * size + head_dim] - top);
-        total += weight * part[c * size + head_dim + 1];
-        for (long j = 0; j < head_dim; j++) sum[j] += weight * part[c * size + j];
-    }
-    for (long j = 0; j < head_dim; j++) y[j] = to_bf16(sum[j] / total);
-}
-
-// qkv [rows, (n_head + 2 n_kv_head) * head_dim] at the positions from `start` on; rope [rows, head_dim], cosines then
-// sines; caches [n_kv_head, positions, head_dim], which get the rows' keys and values; y [rows, n_head * head_dim].
-extern "C" void attention(const bf16 *qkv, const float *rope, long start, long rows, long n_head, long n_kv_head,
-                          long head_dim, long positions, bf16 *k_cache, bf16 *v_cache, bf16 *y) {
-    const long group = n_head / n_kv_head, size = head_dim + 2;
-    const long chunks = (start + rows + CHUNK - 1) / CHUNK;
-    const auto attend_to = head_dim == 64 ? attend<64> : head_dim == 128 ? attend<128> : attend<0>;
-    std::vector<bf16> queries(rows * n_head * head_dim);
-    std::vector<float> partial(chunks * rows * n_head * size);
-    for (long s = 0; s < rows; s++)
-        rotate_and_store(qkv + s * (n_head + 2 * n_kv_head) * head_dim, rope + s * head_dim, start + s, n_head,
-                         n_kv_head, head_dim, positions, &queries[s * n_head * head_dim], k_cache, v_cache);
-    // A task is a chunk of the cache and all queries that see it: keys and values are read once.
-#pragma omp parallel for collapse(2) schedule(static)
-    for (long h = 0; h < n_kv_head; h++)
-        for (long c = 0; c < chunks; c++) {
-            const long offset = (h * positions + c * CHUNK) * head_dim;
-            for (long s = 0; s < rows; s++) {
-                const long count = std::min(CHUNK, start + s + 1 - c * CHUNK);  // up to the row's own position
-                for (long head = h * group; head < (h + 1) * group && count > 0; head++) {
-                    const long i = s * n_head + head;
-                    attend_to(&queries[i * head_dim], k_cache + offset, v_cache + offset, count, head_dim,
-                              &partial[(i * chunks + c) * size]);
-                }
+        const bf16 *from = x + row * in;
+        for (long h = 0; h < n_head() + n_kv_head; h++, from += head_dim) {
+            bf16 *key = k_cache + ((h - n_head()) * positions + position) * head_dim;
+            bf16 *to = h < n_head() ? &queries[row * out + h * head_dim] : key;
+            for (long i = 0; i < half; i++) {
+                const float a = to_float(from[i]), b = to_float(from[i + half]);
+                to[i] = to_bf16(a * cos[i] - b * sin[i]);
+                to[i + half] = to_bf16(b * cos[i] + a * sin[i]);
             }
         }
-#pragma omp parallel for schedule(static)
-    for (long i = 0; i < rows * n_head; i++) {
-        const long seen = (start + i / n_head) / CHUNK + 1;
-        combine(&partial[i * chunks * size], seen, head_dim, y + i * head_dim);
+        for (long h = 0; h < n_kv_head; h++, from += head_dim)
+            memcpy(v_cache + (h * positions + position) * head_dim, from, head_dim * sizeof(bf16));
     }
+
+    // The queries of all rows that share KV head h: each key and value comes from memory once. SIZE is head_dim where the
+    // compiler is to know it, or 0.
+    template <long SIZE> void attend_to(long h) const {
+        const long size = SIZE ? SIZE : head_dim, group = n_head() / n_kv_head;
+        const bf16 *keys = k_cache + h * positions * size, *values = v_cache + h * positions * size;
+        static thread_local std::vector<float> scores;
+        scores.resize(positions);
+        for (long i = 0; i < rows * group; i++) {
+            const long row = i / group, seen = input_pos[row] + 1;  // positions up to the row's own
+            const long offset = row * out + (h * group + i % group) * size;
+            for (long j = 0; j < seen; j++)
+                scores[j] = dot(&queries[offset], keys + j * size, size) / std::sqrt(float(size));
+            const float top = *std::max_element(scores.data(), scores.data() + seen);
+            float total = 0, sum[SIZE ? SIZE : MAX_HEAD_DIM] = {};
+#pragma omp simd reduction(+ : total)
+            for (long j = 0; j < seen; j++) total += scores[j] = exponential(scores[j] - top);
+            for (long j = 0; j < seen; j++) {
+                const float weight = scores[j] / total;
+                for (long c = 0; c < size; c++) sum[c] += weight * to_float(values[j * size + c]);
+            }
+            for (long c = 0; c < size; c++) y[offset + c] = to_bf16(sum[c]);
+        }
+    }
+
+    long each_kv_head() const { return n_kv_head; }
+    void attend(long h) const {
+        head_dim == 64 ? attend_to<64>(h) : head_dim == 128 ? attend_to<128>(h) : attend_to<0>(h);
+    }
+};
+extern "C" const Phase attention[] = {phase<Attention, &Attention::begin, &Attention::rotate>(),
+                                      phase<Attention, &Attention::each_kv_head, &Attention::attend>(), {}};
+
+// ---- Token ids y [rows, 1] from logits, as kernels/sampling.py has it.
+struct Sampler : Rows {
+    const int64_t *input_pos;
+    const int32_t *seed;
+    const float *temperature;
+    long top_k, vocab_size;
+    int64_t *y;
+
+    void run(long row) const {
+        static thread_local std::vector<float> scores, best;
+        scores.resize(vocab_size);
+        float *score = scores.data(), *end = score + vocab_size;
+        for (long i = 0; i < vocab_size; i++) score[i] = to_float(x[row * in + i]);
+        y[row] = -1;
+        if (std::any_of(score, end, [](float each) { return std::isnan(each); })) return;
+        if (top_k < vocab_size) {  // the others become minus infinity; of equal ones the first stay
+            best = scores;
+            std::nth_element(best.begin(), best.end() - top_k, best.end());
+            const float worst = best[vocab_size - top_k];
+            long equal = top_k - std::count_if(score, end, [&](float each) { return each > worst; });
+            for (float *each = score; each < end; each++)
+                if (*each < worst || (*each == worst && equal-- <= 0)) *each = -INFINITY;
+        }
+        const uint32_t key = hash32(hash32(hash32(*seed) + uint32_t(input_pos[row])));
+        const float scale = *temperature;
+        for (long i = 0; i < vocab_size; i++) {
+            const int32_t bits = hash32(key ^ uint32_t(i) * 0x9E3779B9) & 0x7FFFFF;
+            score[i] -= scale * logarithm(-logarithm((bits + 0.5f) * 0x1p-23f));
+        }
+        const float *largest = std::max_element(score, end);
+        if (std::isfinite(*largest)) y[row] = largest - score;
+    }
+};
+extern "C" const Phase sample[] = {phase<Sampler, &Sampler::each_row, &Sampler::run>(), {}};
+
+// ---- Running calls.
+
+struct Call {
+    const Phase *phases;  // the last one is empty
+    const void *operation;
+};
+
+static std::mutex alone;  // what phases leave to later ones is there once
+
+// One call, on OpenMP's threads: PyTorch runs on them what comes before and after.
+extern "C" void execute(const Call *call) {
+    const std::lock_guard lock(alone);
+    for (const Phase *phase = call->phases; phase->tasks; phase++) {
+        const long tasks = phase->tasks(call->operation);
+#pragma omp parallel for schedule(static) if (tasks > 1)
+        for (long i = 0; i < tasks; i++) phase->run(call->operation, i);
+    }
+}
+
+// A program, on threads of our own. Each begins with its share of a phase's tasks, then takes from the ends of the
+// others'. Whoever does the last task opens the next phase, so nobody waits for a thread that the system has put aside,
+// unless it is within a task. A share is one word, its next task and its end: who changes it has the task, however late
+// he comes. A fork has no workers; its one thread takes all shares.
+static struct {
+    struct alignas(64) Share { std::atomic<uint64_t> word; } shares[MAX_THREADS];
+    std::atomic<uint32_t> turn;            // changes when a phase opens, and at the end
+    std::atomic<long> threads, left;       // that take part; tasks of the phase that are not done
+    std::atomic<bool> finished;
+    const Phase *open, *next;  // phases
+    const void *operation;     // of the open phase
+    const Call *call, *end;    // that of the next phase, and the program's end
+
+    // Take a task of a share: its owner the first, others the last. -1 where none is left.
+    long claim(std::atomic<uint64_t> &share, bool own) {
+        uint64_t word = share;
+        while (word >> 32 < uint32_t(word))
+            if (share.compare_exchange_weak(word, own ? word + (1ul << 32) : word - 1))
+                return own ? word >> 32 : uint32_t(word) - 1;
+        return -1;
+    }
+
+    // Open the next phase of several tasks; those of one are not worth a wait, and run here.
+    void advance() {
+        long tasks = 0;
+        while (tasks <= 1 && call < end) {
+            open = next++;
+            operation = call->operation;
+            if (!next->tasks && ++call < end) next = call->phases;
+            tasks = open->tasks(operation);
+            if (tasks == 1) open->run(operation, 0);
+        }
+        left = tasks;
+        finished = tasks <= 1;
+        for (long t = 0; t < threads && tasks > 1; t++) {
+            const uint64_t first = t * tasks / threads, last = (t + 1) * tasks / threads;
+            shares[t].word = first << 32 | last;
+        }
+        turn++;
+        turn.notify_all();
+    }
+
+    // What thread t does: thread 0 until the program has ended, the others for ever.
+    void work(long t) {
+        while (t > 0 || !finished) {
+            const uint32_t seen = turn;
+            long task, done = 0;
+            for (long i = 0; i < threads && t < threads; i++)
+                for (; (task = claim(shares[(t + i) % threads].word, i == 0)) >= 0; done++) open->run(operation, task);
+            if (done > 0 && left.fetch_sub(done) == done) advance();
+            for (long i = 0; i < SPINS && done == 0 && turn == seen; i++) {}
+            if (done == 0) turn.wait(seen);
+        }
+    }
+} pool;
+
+extern "C" void replay(const Call *calls, long count, long threads) {
+    static long workers = 0;
+    const std::lock_guard lock(alone);
+    pool.threads = std::min(threads, MAX_THREADS);
+    const auto work = [](void *t) -> void * { return pool.work(long(t)), nullptr; };
+    for (pthread_t thread; workers < pool.threads - 1; workers++) {
+        if (pthread_create(&thread, nullptr, work, (void *)(workers + 1)) != 0) break;  // the others do its share
+        pthread_detach(thread);
+    }
+    pool.call = calls;
+    pool.end = calls + count;
+    pool.next = calls->phases;
+    pool.advance();
+    pool.work(0);
 }

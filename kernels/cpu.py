@@ -1,32 +1,32 @@
-"""Builds cpu.cpp once for this CPU, keeps it in the user's cache, and calls it on tensors through ctypes."""
+"""Loads cpu.cpp as build.sh builds it, and calls its operations on tensors, through ctypes.
+
+A step of few rows in bfloat16 is a `Program`: recorded while it runs once, and repeated without Python from then on.
+"""
 
 import ctypes
-import hashlib
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
+from operator import is_not
 from pathlib import Path
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Module
+from torch.utils._python_dispatch import TorchDispatchMode
 
-COMPILER = os.environ.get("CXX") or "g++"  # a command line, as for make: "ccache g++"
-FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-w"]
-SOURCE = Path(__file__).with_name("cpu.cpp")
+aten = torch.ops.aten
+BUILD = Path(__file__).with_name("build.sh")
+FLAGS: list[str] = []  # of the compiler, beside those of build.sh
 MAX_ROWS = 16  # beyond, a library product is faster
 MAX_HEAD_DIM = 1024  # cpu.cpp has room for no more
-SCRATCH = 2**22  # weights that are dequantized at a time
 BITS = {torch.bfloat16: 16, torch.int8: 8, torch.uint8: 4}
-
-
-def cpu_features() -> str:
-    """The features that -march=native depends on: a home directory may be shared between hosts."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+GROUPSIZES = (0, 32, 64, 128, 256)  # 0: no groups
 
 
 def quota(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
@@ -52,126 +52,101 @@ def cores() -> int:
     return max(1, int(min(len(physical), quota())) // ranks)
 
 
-def compile_to(path: Path, flags: list[str]) -> None:
-    """Compile cpu.cpp into the shared library `path`. ValueError names the compiler's fault."""
-    try:
-        command = [*shlex.split(COMPILER), *flags, str(SOURCE), "-o", str(path)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{COMPILER}: {reason}: install a C++ compiler, or name one in CXX") from error
-    except subprocess.CalledProcessError as error:
-        said = (error.stderr.splitlines() or [f"status {error.returncode}"])[-1]
-        raise ValueError(f"{COMPILER} does not compile cpu.cpp ({said}): it takes GCC 11 or later") from error
-
-
-def build(folder: Path, flags: list[str]) -> ctypes.CDLL:
-    """Load the library for `flags` from `folder`, built first where it is missing or does not load.
-
-    Two processes that start together only do the work twice. OSError where the folder is no place for it.
-    """
-    key = repr((SOURCE.read_text(), COMPILER, flags, cpu_features()))
-    path = folder / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError:  # not there, damaged, or of an image with other libraries
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch) / path.name
-            compile_to(made, flags)
-            loaded = ctypes.CDLL(str(made))
-            os.replace(made, path)
-        return loaded
-
-
-def build_in_memory(flags: list[str]) -> ctypes.CDLL:
-    """Build and load the library for this process alone, where no folder can be written to or executed from."""
-    with tempfile.TemporaryDirectory() as scratch:
-        made = Path(scratch) / "cpu.so"
-        compile_to(made, flags)
-        memory = os.memfd_create(made.name)
-        os.write(memory, made.read_bytes())
-    return ctypes.CDLL(f"/proc/self/fd/{memory}")
-
-
 @cache
 def library() -> ctypes.CDLL | None:
-    """The kernels, or None with one line on stderr where they cannot be built."""
-    try:
+    """The kernels as build.sh makes them; None without them, with a line on stderr that says why."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for again in ([], ["--again"]):  # what was kept may be damaged, need other libraries, or lie where nothing runs
+            command = ["bash", str(BUILD), scratch, *again, *FLAGS]
+            made = subprocess.run(command, capture_output=True, text=True)
+            sys.stderr.write(made.stderr)
+            if made.returncode != 0:
+                return None
+            with suppress(OSError):
+                return ctypes.CDLL(made.stdout.strip())
+    print("no CPU kernels, so decoding is several times slower: they do not load", file=sys.stderr)
+    return None
+
+
+def takes_rows(x: Tensor) -> bool:
+    """Whether cpu.cpp does what a step does with x [..., channels] beside products: up to MAX_ROWS in bfloat16."""
+    few = x.is_cpu and x.dtype == torch.bfloat16 and x.is_contiguous() and x.numel() <= MAX_ROWS * x.shape[-1]
+    return few and not torch.compiler.is_compiling() and library() is not None
+
+
+def execute(operation: str, *arguments: Tensor | int | None) -> tuple:
+    """Run an operation of cpu.cpp: the call, a pair of addresses, and the words that lie at the second."""
+    numbers = [each.data_ptr() if isinstance(each, Tensor) else each or 0 for each in arguments]
+    words = (ctypes.c_int64 * len(numbers))(*numbers)
+    phases = ctypes.c_char.in_dll(library(), operation)
+    call = (ctypes.c_void_p * 2)(ctypes.addressof(phases), ctypes.addressof(words))
+    library().execute(call)
+    return call, words
+
+
+def compute(operation: str, x: Tensor, n_out: int, *others: Tensor | int | None, dtype=torch.bfloat16) -> Tensor:
+    """Run an operation on x [..., n_in]: [..., n_out]. `others` are the arguments that not every operation has."""
+    y = torch.empty(*x.shape[:-1], n_out, dtype=dtype)
+    arguments = (x, x.numel() // x.shape[-1], x.shape[-1], n_out, *others, y)
+    call, words = execute(operation, *arguments)
+    for program in Program.recording:
+        program.calls += call
+        program.kept += [words, arguments]
+    return y
+
+
+class Program(TorchDispatchMode):
+    """A step of few rows: `step` (model, inputs, ...) -> samples, from the second time on without Python if possible.
+
+    The first time is recorded. If nothing but operations of cpu.cpp has computed, the same calls are repeated, on the
+    same addresses: tensors of the first time are kept, and new inputs are copied over the first ones. Where anything
+    else that the step is given is another object than before, it is recorded again.
+    """
+
+    VIEWS = (aten.slice.Tensor, aten.select.int, aten.unbind.int, aten.empty.memory_format)  # these compute nothing
+    recording: ClassVar[list["Program"]] = []  # at most one
+
+    def __init__(self, step: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.step = step
+        self.given: tuple | None = None  # to the recorded step, beside inputs
+
+    def run_operator(self, operator, types: list, args: tuple = (), kwargs: dict | None = None) -> object:
+        """Run an operator of PyTorch, two of them by cpu.cpp with equal bits; note one that cannot be repeated."""
+        x, *others = args
+        if operator == aten.embedding.default and takes_rows(x[:1]):
+            return compute("embedding", others[0][..., None], x.shape[1], x, 0)
+        if operator == aten.add.Tensor and takes_rows(x) and x.shape == others[0].shape:
+            return compute("add", x, x.shape[-1], *others, 0)
+        count = len(self.calls)
+        result = operator(*args, **(kwargs or {}))
+        if operator not in self.VIEWS and len(self.calls) == count:
+            self.complete = False
+        return result
+
+    def record(self, model: Module, inputs: Tensor, *others: object) -> None:
+        """Run the step, and note its calls."""
+        self.calls, self.kept, self.complete = [], [inputs], True
+        self.recording.append(self)
         try:
-            home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-            loaded = build(home / "llama_cpu_kernels", FLAGS)
-        except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
-            print(f"CPU kernels built for this run only: {error}: set XDG_CACHE_HOME to a folder", file=sys.stderr)
-            loaded = build_in_memory(FLAGS)
-    except (OSError, ValueError) as error:
-        print(f"no CPU kernels, so decoding is several times slower: {error}", file=sys.stderr)
-        return None
-    for name, count in (("linear", 10), ("dequantize", 9), ("attention", 11)):
-        getattr(loaded, name).argtypes = [ctypes.c_void_p] * count  # numbers too: all are as wide as a pointer
-    return loaded
+            with self:
+                self.samples = self.step(model, inputs, *others)
+        finally:
+            self.recording.pop()
+        self.calls = (ctypes.c_void_p * len(self.calls))(*self.calls)
+        self.given = (model, *others)
+
+    def __call__(self, model: Module, inputs: Tensor, *others: object) -> Tensor:
+        """The samples of a step, which hold until the next one."""
+        if self.given is None or any(map(is_not, self.given, (model, *others))):
+            self.record(model, inputs, *others)
+        elif self.complete:
+            self.kept[0].copy_(inputs)
+            library().replay(self.calls, ctypes.c_long(len(self.calls) // 2), ctypes.c_long(torch.get_num_threads()))
+        else:
+            return self.step(model, inputs, *others)
+        return self.samples
 
 
-def takes_product(x: Tensor, weight: Tensor, minimum: Tensor | None) -> bool:
-    """Whether cpu.cpp multiplies these activations [..., in] with this stored weight."""
-    n_in = x.shape[-1]
-    groupsize = 32 if minimum is None else n_in // minimum.shape[1]
-    sizes = n_in % 32 == 0 and 0 < n_in <= SCRATCH and groupsize >= 32 and groupsize.bit_count() == 1
-    dtypes = x.dtype in (torch.bfloat16, torch.float32) and weight.dtype in BITS
-    return sizes and dtypes and weight.is_contiguous() and library() is not None
-
-
-def takes_attention(qkv: Tensor, cache: Tensor) -> bool:
-    """Whether cpu.cpp computes attention for these projections [B, S, channels] and this cache."""
-    batch, rows, _ = qkv.shape
-    sizes = batch == 1 and rows <= MAX_ROWS and cache.shape[4] <= MAX_HEAD_DIM
-    return sizes and qkv.is_cpu and qkv.dtype == cache.dtype == torch.bfloat16 and library() is not None
-
-
-def _stored(n_in: int, weight: Tensor, scale: Tensor | None, minimum: Tensor | None) -> tuple:
-    """A stored weight as cpu.cpp takes it: three pointers, bits, group size, inputs, outputs."""
-    groupsize = 0 if minimum is None else n_in // minimum.shape[1]
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in (weight, scale, minimum)]
-    return *pointers, BITS[weight.dtype], groupsize, n_in, weight.shape[0]
-
-
-def multiply_few(x: Tensor, *weight: Tensor | None) -> Tensor:
-    """`x` [..., in] in bfloat16, a few rows, times a stored weight (weight, scale, minimum), which is read once."""
-    n_in = x.shape[-1]
-    x = x.contiguous()
-    y = x.new_empty(*x.shape[:-1], weight[0].shape[0])
-    library().linear(x.data_ptr(), x.numel() // n_in, *_stored(n_in, *weight), y.data_ptr())
-    return y
-
-
-@cache
-def _scratch(dtype: torch.dtype) -> Tensor:
-    """Where weights are restored; made once, because fresh memory is slow."""
-    return torch.empty(SCRATCH, dtype=dtype)
-
-
-def multiply_many(x: Tensor, *weight: Tensor | None) -> Tensor:
-    """`x` [..., in], many rows, times a stored weight: library products on slabs, restored within the cache."""
-    n_in, n_out = x.shape[-1], weight[0].shape[0]
-    y = x.new_empty(*x.shape[:-1], n_out)
-    slab = SCRATCH // n_in
-    for start in range(0, n_out, slab):
-        rows = slice(start, start + slab)
-        part = [None if tensor is None else tensor[rows] for tensor in weight]
-        restored = _scratch(x.dtype)[: len(part[0]) * n_in].view(-1, n_in)
-        library().dequantize(*_stored(n_in, *part), x.dtype == torch.float32, restored.data_ptr())
-        y[..., rows] = F.linear(x, restored)
-    return y
-
-
-def attend(qkv: Tensor, rope: Tensor, input_pos: Tensor, cache: Tensor) -> Tensor:
-    """`kernels.attention` of a batch of one and up to MAX_ROWS rows in bfloat16."""
-    _, rows, channels = qkv.shape
-    _, _, n_kv_head, positions, head_dim = cache.shape
-    n_head = channels // head_dim - 2 * n_kv_head
-    qkv, rope = qkv.contiguous(), rope.contiguous()
-    y = qkv.new_empty(1, rows, n_head * head_dim)
-    shape = (int(input_pos[0]), rows, n_head, n_kv_head, head_dim, positions)
-    caches = (cache[0].data_ptr(), cache[1].data_ptr())
-    library().attention(qkv.data_ptr(), rope.data_ptr(), *shape, *caches, y.data_ptr())
-    return y
+# Not in the class: there torch would wrap it in its compiler, which takes a second to import.
+Program.__torch_dispatch__ = Program.run_operator

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels import cpu
+
 
 @dataclass
 class Sampling:
@@ -38,11 +40,8 @@ def gumbel_noise(seed: Tensor, input_pos: Tensor, vocab_size: int) -> Tensor:
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """`logits` [S, vocab_size] with all but the `k` largest of each row at -inf; of equal ones the lower ids stay."""
-    k = min(k, logits.shape[-1])
-    worst = logits.topk(k, dim=-1).values[:, -1:]
-    above, equal = logits > worst, logits == worst
-    kept = above | (equal & (equal.cumsum(dim=-1) <= k - above.sum(dim=-1, keepdim=True)))
-    return logits.masked_fill(~kept, -torch.inf)
+    largest, ids = logits.sort(dim=-1, descending=True, stable=True)
+    return torch.full_like(logits, -torch.inf).scatter(-1, ids[:, :k], largest[:, :k])
 
 
 def sample(logits: Tensor, input_pos: Tensor, sampling: Sampling) -> Tensor:
@@ -51,7 +50,11 @@ def sample(logits: Tensor, input_pos: Tensor, sampling: Sampling) -> Tensor:
     By the Gumbel-max trick: argmax(logits + temperature * noise) follows softmax(logits / temperature), of the top_k
     most likely where given.
     """
-    logits = logits[:, : sampling.vocab_size]
+    vocab_size = sampling.vocab_size or logits.shape[-1]
+    if cpu.takes_rows(logits):
+        others = (sampling.seed, sampling.temperature, sampling.top_k or vocab_size, vocab_size)
+        return cpu.compute("sample", logits, 1, input_pos, *others, dtype=torch.int64)[:, 0]
+    logits = logits[:, :vocab_size].float()
     if sampling.top_k is not None:
         logits = keep_top_k(logits, sampling.top_k)
     noisy = logits + sampling.temperature * gumbel_noise(sampling.seed, input_pos, logits.shape[-1])

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_cli
+from conftest import generated, make_sampling, new_engine, run_cli
 
 import kernels
 from benchmarks import benchmark
 from benchmarks.benchmark import bytes_per_token, figure, kv_bytes, markdown, share, spread, switch_off, weight_bytes
 from benchmarks.grow import shape_args
-from checkpoint import empty_model, read_checkpoint
+from checkpoint import empty_model, load_model, read_checkpoint
 from kernels import cpu
 
 ARGS = shape_args("1.1b", 32000)
@@ -83,38 +83,55 @@ def product() -> torch.Tensor:
 def attention() -> torch.Tensor:
     """Of one row with one head of 32 channels: its value, for it sees itself alone."""
     cache = torch.zeros(2, 1, 1, 4, 32, dtype=torch.bfloat16)
-    return kernels.attention(torch.ones(1, 1, 96, dtype=torch.bfloat16), torch.ones(1, 32), torch.tensor([0]), cache)
+    return kernels.attention(torch.ones(1, 1, 96, dtype=torch.bfloat16), torch.ones(16), torch.tensor([0]), cache)
 
 
 @pytest.mark.parametrize(
-    "mechanism, kernel, compute", [("products", "multiply_few", product), ("attention", "attend", attention)]
+    "mechanism, operation, compute", [("products", "linear", product), ("attention", "attention", attention)]
 )
-def test_a_mechanism_is_there_until_it_is_switched_off(mechanism, kernel, compute, monkeypatch) -> None:
+def test_a_mechanism_is_there_until_it_is_switched_off(mechanism, operation, compute, monkeypatch) -> None:
     """Products and attention give the same without their kernels, and without them they are not called."""
     if cpu.library() is None:
         pytest.skip("no C++ compiler")
     called = []
-    for name in ("takes_product", "takes_attention", kernel):
+    for name in ("GROUPSIZES", "MAX_HEAD_DIM"):
         monkeypatch.setattr(cpu, name, getattr(cpu, name))  # and put back
     with_kernel = compute()
-    own = getattr(cpu, kernel)
-    setattr(cpu, kernel, lambda *args: called.append(kernel) or own(*args))
+    execute = cpu.execute
+    monkeypatch.setattr(cpu, "execute", lambda name, *rest: called.append(name) or execute(name, *rest))
     compute()
-    assert called == [kernel]
+    assert called == [operation]
     switch_off(mechanism)
     assert torch.equal(compute(), with_kernel)
-    assert called == [kernel]
+    assert called == [operation]
 
 
-def test_prefetching_is_switched_off_in_what_is_compiled(monkeypatch) -> None:
-    compiled = []
-    before = cpu.SOURCE.read_text()
-    monkeypatch.setattr(cpu, "SOURCE", cpu.SOURCE)
-    monkeypatch.setattr(cpu, "library", lambda: compiled.append(cpu.SOURCE.read_text()))
-    switch_off("prefetch")
-    changed = [line for line in compiled[0].splitlines() if line not in before.splitlines()]
-    assert len(changed) == 1
-    assert "AHEAD = 0;" in changed[0]
+def test_without_replay_every_step_runs_its_operations(demo, monkeypatch) -> None:
+    """And gives the same text."""
+    model, called, replay = load_model(read_checkpoint(demo["target"]), "cpu", torch.bfloat16), [], cpu.library().replay
+    monkeypatch.setattr(cpu.library(), "replay", lambda *call: called.append(1) or replay(*call))
+    ids = generated(new_engine(model), [1, 5, 7], 10, make_sampling())
+    assert len(called) == 8
+    monkeypatch.setattr(cpu.Program, "VIEWS", cpu.Program.VIEWS)  # and put back
+    switch_off("replay")
+    assert generated(new_engine(model), [1, 5, 7], 10, make_sampling()) == ids
+    assert len(called) == 8
+
+
+@pytest.mark.parametrize("mechanism, line", [("prefetch", "AHEAD = 0;"), ("threads", "execute(calls + i);")])
+def test_what_is_switched_off_in_what_is_compiled(mechanism: str, line: str, monkeypatch) -> None:
+    """The source that is compiled differs in these lines, and the library loads."""
+    before, compiled = cpu.BUILD.with_name("cpu.cpp").read_text(), []
+    monkeypatch.setattr(cpu, "BUILD", cpu.BUILD)
+
+    def library() -> None:
+        compiled.append(cpu.BUILD.with_name("cpu.cpp").read_text())
+
+    library.cache_clear = lambda: None
+    monkeypatch.setattr(cpu, "library", library)
+    switch_off(mechanism)
+    changed = [each for each in compiled[0].splitlines() if each not in before.splitlines()]
+    assert line in changed[0]
 
 
 def test_a_checkpoint_of_random_weights_is_made_once(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def assert_one_transcript(session: Session, turns: list[Turn], cut: int | None =
         fresh, eos_id = new_engine(session.engines[0].model), TOKENIZER.eos_id
         count = len(turn.answer) if i == cut else session.args.max_new_tokens
         if count:
-            assert turn.answer == generated(fresh, turn.prompt, count, session.sampling(), eos_id), i
+            assert turn.answer == generated(fresh, turn.prompt, count, session.sampling, eos_id), i
     for turn, later in zip(turns, turns[1:], strict=False):
         said = turn.prompt + turn.answer + (CLOSING if session.conversation().template else [])
         assert later.prompt[: len(said)] == said
@@ -166,7 +166,7 @@ def test_an_interrupt_cuts_the_answer_and_nothing_else(
     for i, turn in enumerate(turns):
         fresh = new_engine(session.engines[0].model)
         assert (
-            turn.answer == generated(fresh, turn.prompt, len(turn.answer) or 1, session.sampling())[: len(turn.answer)]
+            turn.answer == generated(fresh, turn.prompt, len(turn.answer) or 1, session.sampling)[: len(turn.answer)]
         ), i
     assert turns[2].prompt[: len(turns[1].prompt + turns[1].answer)] == turns[1].prompt + turns[1].answer
 
@@ -246,7 +246,7 @@ def test_the_context_is_used_to_its_last_position(
     assert told and all("128" in line and "/clear" in line for line in told)
     for turn in turns:
         fresh = new_engine(session.engines[0].model)
-        assert turn.answer == generated(fresh, turn.prompt, len(turn.answer), session.sampling())
+        assert turn.answer == generated(fresh, turn.prompt, len(turn.answer), session.sampling)
 
 
 # ---- The template
