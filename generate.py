@@ -27,7 +27,6 @@ import tp
 from chat import Conversation, converse
 from checkpoint import DEVICES, Checkpoint, read_checkpoint
 from kernels import cpu
-from kernels.cpu import Program
 from kernels.sampling import Sampling, sample
 from model import Transformer
 from tokenizer import TextStream
@@ -54,7 +53,7 @@ class Engine:
     ids: list[int] = field(default_factory=list)
     compiled: dict[str, Callable] = field(default_factory=dict)  # steps by name; the others run eagerly
     checkpoint: Checkpoint | None = None  # where the model is from
-    programs: dict[tuple[str, int], Program] = field(default_factory=dict)  # steps of few rows, by name and rows
+    programs: dict[tuple[str, int], cpu.Program] = field(default_factory=dict)  # steps of few rows, by name and rows
 
     def rewind(self, ids: list[int]) -> None:
         """Keep the beginning in common with `ids`, without their last: its logits are wanted, so it has to run."""
@@ -75,7 +74,7 @@ class Engine:
         if name in self.compiled and len(ids) > 1:
             torch._dynamo.mark_dynamic(inputs, 1)
         elif name not in self.compiled and len(ids) <= cpu.MAX_ROWS:
-            run = self.programs.setdefault((name, len(ids)), Program(step))
+            run = self.programs.setdefault((name, len(ids)), cpu.Program(step))
         samples = run(self.model, inputs, self.cache, sampling, name == "prefill")
         samples = tp.agree(samples.tolist)  # those of the first rank, should another have rounded otherwise
         if -1 in samples:

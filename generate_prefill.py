@@ -28,6 +28,7 @@ import tp
 from generate import Engine, answer_all, build_parser
 
 BLOCK = 16  # tokens whose keys and values are one file
+SYSTEM = "Square numbers: " + ", ".join(f"{n} * {n} = {n * n}" for n in range(1, 41))
 
 
 class Store:
@@ -156,8 +157,8 @@ def main() -> None:
     add("--cache_gb", type=terminal.number(0.001, 1e6, float), default=4.0, help="the least recently used go first (4)")
     add("--no_cache", action="store_true", help="read and write no files of prefixes")
     args = parser.parse_args()
-    if args.cache_dir == "":  # which would mean the working directory
-        parser.error("argument --cache_dir: it is empty: give a folder")
+    if not (args.system or args.prompt or args.interactive):
+        args.system, args.prompt = SYSTEM, ["12 * 12 =", "41 * 41 ="]
     store = Store(Path(args.cache_dir or args.checkpoint_path.parent), int(args.cache_gb * 1e9))
     cached = not args.no_cache and args.device == "cpu"  # CUDA reads a prefix more slowly than it computes it
     answer_all(args, partial(CachedEngine, store=store) if cached else Engine)

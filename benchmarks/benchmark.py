@@ -22,7 +22,8 @@ import sys
 import tempfile
 import terminal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -386,7 +387,7 @@ def bandwidth(device: str) -> float:
         return data.nbytes / events[0].elapsed_time(events[1]) / 1e6
     program = Path(tempfile.gettempdir()) / f"read_bandwidth-{os.getuid()}"
     source = Path(__file__).with_name("read_bandwidth.cpp")
-    compiler = shlex.split(cpu.COMPILER)
+    compiler = shlex.split(os.environ.get("CXX") or "g++")
     if shutil.which(compiler[0]) is None:
         data = torch.zeros(2**27, dtype=torch.int64)
         start = time.perf_counter()
@@ -496,6 +497,32 @@ def figures(values: dict[str, list[float]], says: dict, args: ModelArgs, bandwid
     return report
 
 
+@contextmanager
+def busy(count: int) -> Iterator[None]:
+    """So many processes that do nothing but keep a core busy."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def beside_others(workers: dict[str, Worker], rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds a token takes alone, and how many times that beside one and two busy processes: medians, in turn."""
+    seconds: dict[str, dict[int, list[float]]] = {label: {0: [], 1: [], 2: []} for label in workers}
+    for _ in range(rounds):
+        for count in (0, 1, 2):
+            with busy(count):
+                for label, worker in workers.items():
+                    seconds[label][count].append(worker.ask("answer", 16, 16)["decode"])
+    medians = {label: [statistics.median(each) for each in found.values()] for label, found in seconds.items()}
+    return {
+        label: {"ms": 1000 * alone, "1": one / alone, "2": two / alone} for label, (alone, one, two) in medians.items()
+    }
+
+
 def measure(shape: str, args: ModelArgs, folder: Path, options: argparse.Namespace) -> dict:
     """All programs on one shape, in turn."""
     workers = workers_of(shape, args, folder, options)
@@ -514,16 +541,18 @@ def measure(shape: str, args: ModelArgs, folder: Path, options: argparse.Namespa
             for key, value in values.items():
                 results[label].setdefault(key, []).append(value)
         tell(f"{shape}: round {i + 1} of {options.rounds}, read bandwidth {bandwidths[-1]:.1f} GB/s")
+    beside = {} if options.quick else beside_others(workers, options.rounds)
     table = {}
     for label, worker in workers.items():
         worker.close()
         table[label] = figures(results[label], worker.says, args, bandwidths, options)
+        table[label]["beside others"] = beside.get(label)
     return {"shape": shape, "read bandwidth": spread(bandwidths), "programs": table}
 
 
 def ablation(shape: str, args: ModelArgs, folder: Path, options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Decoding speed in bf16 and int4 with each mechanism switched off in turn, over that with all: medians."""
-    changes = {"all": {}, "no compiling": {"compiled": False}}
+    changes = {"all": {}}
     changes |= {f"no {name}": {"without": name} for name in WITHOUT}
     ratios: dict[str, dict[str, float]] = {name: {} for name in changes}
     for label in ("bf16", "int4 g32"):
@@ -555,16 +584,18 @@ def of_rounds(values: dict[str, float]) -> str:
 def markdown(results: list[dict]) -> str:
     """The table for the README."""
     titles = ["shape", "program", "decode, tokens/s (range)", "of memory speed", "prefill, tokens/s"]
-    titles.append("rows 2 / 4 / 8 / 16 over 1")
-    lines = [f"| {' | '.join(titles)} |", "|---|---|---|---|---|---|"]
+    titles += ["rows 2 / 4 / 8 / 16 over 1", "token beside 1 / 2 busy processes over alone"]
+    lines = [f"| {' | '.join(titles)} |", "|---|---|---|---|---|---|---|"]
     for result in results:
         for label, row in result["programs"].items():
             name = f"**{label}**" if label in OURS else label
             rows = row["rows over one"] or {}
             cells = [result["shape"], name, of_rounds(row["decode"]), f"{row['share']:.2f}"]
             cells += [f"{row['prefill']['median']:.0f}", " / ".join(f"{value:.2f}" for value in rows.values())]
+            beside = row.get("beside others")
+            cells.append(f"{beside['1']:.1f} / {beside['2']:.1f}" if beside else "")
             lines.append(f"| {' | '.join(cells)} |")
-        lines.append(f"| | read bandwidth, GB/s | {of_rounds(result['read bandwidth'])} | | | |")
+        lines.append(f"| | read bandwidth, GB/s | {of_rounds(result['read bandwidth'])} | | | | |")
     return "\n".join(lines)
 
 
@@ -627,7 +658,11 @@ def main() -> None:
         shapes = {"demo": read_checkpoint(convert(demo, "bfloat16")).args}
     else:
         shapes = {shape: shape_args(shape, 32000) for shape in options.shapes}
-    machine = f"{cpu.cores()} cores, torch {torch.__version__}"
+    lines = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+    model = ", ".join(
+        key.strip() + value for key, value in lines.items() if key.strip() in ("model name", "cpu family", "model")
+    )
+    machine = f"{cpu.cores()} cores, {model}, torch {torch.__version__}"
     results = []
     report = {"machine": machine, "date": time.strftime("%Y-%m-%d"), "results": results}
     for shape, args in shapes.items():

@@ -574,7 +574,6 @@ USAGE |= {
         ),
         "no CUDA": (f"{GENERATE} --device cuda", "argument --device: invalid choice: 'cuda' (choose from", *NO_CUDA),
         "no checkpoint": ("python generate.py", "the following arguments are required: --checkpoint_path"),
-        "no folder of prefixes": (f"{PREFILL} --cache_dir ''", "argument --cache_dir: it is empty: give a folder"),
         "a context, which is --system now": (f"{PREFILL} --context a", "unrecognized arguments: --context a"),
         "no room for prefixes": (f"{PREFILL} --cache_gb 0", "argument --cache_gb: 0: must be from 0.001 to"),
         "quantize, mode": (f"{QUANTIZE} --mode int3", "argument --mode: invalid choice: 'int3' (choose from"),

@@ -54,6 +54,7 @@ ROW = {
     "time to first token": spread([0.6]),
     "share": 0.914,
     "rows over one": {2: 1.0, 4: 1.1, 8: 1.25, 16: 2.0},
+    "beside others": {"ms": 50.0, "1": 1.8, "2": 2.4},
 }
 PROGRAMS = {"bf16": ROW, "llama.cpp F16": ROW | {"rows over one": None}}
 RESULTS = [{"shape": "1.1b", "read bandwidth": spread([40.0]), "programs": PROGRAMS}]
@@ -61,11 +62,11 @@ RESULTS = [{"shape": "1.1b", "read bandwidth": spread([40.0]), "programs": PROGR
 
 def test_the_table_has_a_line_for_each_program() -> None:
     lines = markdown(RESULTS).splitlines()
-    assert lines[2] == "| 1.1b | **bf16** | 20.0 (19.0 to 21.0) | 0.91 | 200 | 1.00 / 1.10 / 1.25 / 2.00 |"
+    assert lines[2] == "| 1.1b | **bf16** | 20.0 (19.0 to 21.0) | 0.91 | 200 | 1.00 / 1.10 / 1.25 / 2.00 | 1.8 / 2.4 |"
     assert lines[3].startswith("| 1.1b | llama.cpp F16 | 20.0")
-    assert lines[4] == "| | read bandwidth, GB/s | 40.0 (40.0 to 40.0) | | | |"
+    assert lines[4] == "| | read bandwidth, GB/s | 40.0 (40.0 to 40.0) | | | | |"
     assert len(lines) == 5
-    assert {line.count("|") for line in lines} == {7}
+    assert {line.count("|") for line in lines} == {8}
 
 
 def test_the_figure_is_drawn(tmp_path: Path) -> None:

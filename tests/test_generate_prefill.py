@@ -30,7 +30,6 @@ GB = 10**9
 A = [1 + i * 7 % 90 for i in range(100)]
 
 
-SYSTEM = "Square numbers: " + ", ".join(f"{n} * {n} = {n * n}" for n in range(1, 41))
 MODEL = random_model(ARGS)
 FILE = ARGS.n_layer * 2 * ARGS.n_kv_head * BLOCK * ARGS.head_dim * 4 + len(Store.MAGIC) + 32  # bytes
 
@@ -416,8 +415,6 @@ def test_the_next_run_finds_what_the_last_one_stored(demo: dict[str, Path], tmp_
     without, err, cached = run_main(*flags, "--no_cache")
     assert without == first
     assert cached[0].startswith("0 of ")
-    table = err.splitlines()[-2:]
-    assert [len(line.split()) for line in table] == [5, 5]
 
 
 def test_what_comes_first_from_a_file_and_from_standard_input(demo, tmp_path: Path, run_main, monkeypatch) -> None:
@@ -436,7 +433,16 @@ def test_other_weights_precision_or_config_find_nothing(
     """Under the same path: the file's own id decides, not its name."""
     path, folder = tmp_path / "model.pth", tmp_path / "prefixes"
     shutil.copyfile(demo["target"], path)
-    flags = ["--checkpoint_path", path, "--cache_dir", folder, "--system", SYSTEM, "--prompt", "def g("]
+    flags = [
+        "--checkpoint_path",
+        path,
+        "--cache_dir",
+        folder,
+        "--system",
+        generate_prefill.SYSTEM,
+        "--prompt",
+        "def g(",
+    ]
     run_main(*flags)
     assert not run_main(*flags)[2][0].startswith("0 of ")
     assert run_main(*flags, "--precision", "float32")[2][0].startswith("0 of ")
@@ -455,7 +461,7 @@ def test_other_weights_precision_or_config_find_nothing(
 
 def test_speculation_and_samples_work_here_too(demo: dict[str, Path], tmp_path: Path, run_main: Callable) -> None:
     flags = ["--checkpoint_path", demo["target"], "--precision", "float32", "--prompt", "def g(", "--num_samples", 2]
-    flags += ["--system", SYSTEM]
+    flags += ["--system", generate_prefill.SYSTEM]
     expected = run_main(*flags, "--no_cache")[0]
     for more in ([], ["--prompt_lookup"], ["--draft_checkpoint_path", demo["draft"]]):
         for _ in range(2):
