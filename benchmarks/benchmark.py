@@ -541,7 +541,7 @@ def measure(shape: str, args: ModelArgs, folder: Path, options: argparse.Namespa
             for key, value in values.items():
                 results[label].setdefault(key, []).append(value)
         tell(f"{shape}: round {i + 1} of {options.rounds}, read bandwidth {bandwidths[-1]:.1f} GB/s")
-    beside = {} if options.quick else beside_others(workers, options.rounds)
+    beside = {} if options.quick else beside_others(workers, min(options.rounds, 3))
     table = {}
     for label, worker in workers.items():
         worker.close()

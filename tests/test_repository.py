@@ -27,6 +27,7 @@ MAY_IMPORT = {  # who may import whom; what is not named here imports nothing of
     "checkpoint": {"kernels", "model", "terminal", "tokenizer"},
     "model": {"kernels"},
     "kernels": {"kernels"},  # its own cpu.py
+    "kernels.sampling": {"kernels"},
     "scripts.convert_hf_checkpoint": {"checkpoint", "model", "terminal", "tokenizer"},
 }
 
