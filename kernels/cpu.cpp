@@ -136,8 +136,7 @@ template <int V, int M, int R> static void block(const Weight &w, long first, lo
     const __m512 numbers = _mm512_cvtepi32_ps(lane);
     const __m512i levels = (__m512i)_mm512_cvtne2ps_pbh(numbers, numbers);  // 0 to 15, twice
     // The group of each lane within a block, as the word index that puts a bfloat16 scale into the lane's upper half.
-    const __m512i channel = _mm512_slli_epi32(lane, 3);
-    const __m512i group = _mm512_slli_epi32(_mm512_srl_epi32(channel, _mm_cvtsi32_si128(shift)), 16);
+    const __m512i group = (__m512i)((__v16si)lane * 8 >> shift << 16);
     const uint8_t *p[R];
     __m512 sum[R][M];
     UNROLLED for (int r = 0; r < R; r++) {
@@ -177,11 +176,14 @@ template <int V, int M, int R> static void block(const Weight &w, long first, lo
     UNROLLED for (int r = 0; r < R; r++)
         UNROLLED for (int m = 0; m < M; m++) {
             const float *sums = group_sums.data() + (first + m) * groups;
-            float offset = 0;  // the minima, times the sums of their groups
-#pragma omp simd reduction(+ : offset)
-            for (long g = 0; g < (V == 4 ? groups : 0); g++) offset += to_float(w.minimum[(n + r) * groups + g]) * sums[g];
+            for (long g = 0; V == 4 && g < groups; g += 16) {  // the minima, times the sums of their groups
+                const __mmask16 inside = groups - g >= 16 ? 0xFFFF : (1 << (groups - g)) - 1;
+                const __m256i minima = _mm256_maskz_loadu_epi16(inside, w.minimum + (n + r) * groups + g);
+                const __m512 wide = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(minima), 16);
+                sum[r][m] = _mm512_fmadd_ps(wide, _mm512_maskz_loadu_ps(inside, sums + g), sum[r][m]);
+            }
             const float scale = V == 2 ? w.row_scale(n + r) : 1.0f;
-            w.y[(first + m) * w.out + n + r] = to_bf16(_mm512_reduce_add_ps(sum[r][m]) * scale + offset);
+            w.y[(first + m) * w.out + n + r] = to_bf16(_mm512_reduce_add_ps(sum[r][m]) * scale);
         }
 }
 
@@ -261,11 +263,10 @@ struct Product : Weight {
 extern "C" const Phase linear[] = {
     phase<Product, &Product::begin, &Product::prepare>(), phase<Product, &Product::tasks, &Product::run>(), {}};
 
-// The weight itself: y [out, in] in bfloat16 or, where `wide`, in float32. There is no x.
+// The weight itself: y [rows, in] in bfloat16 or, where `wide`, in float32. There is no x, and rows are output channels.
 struct Restoration : Weight {
     long wide;
 
-    long each_channel() const { return out; }
     void run(long n) const {
         float values[32];
         for (long k = 0; k < in; k += 32) {
@@ -277,7 +278,7 @@ struct Restoration : Weight {
         }
     }
 };
-extern "C" const Phase dequantize[] = {phase<Restoration, &Restoration::each_channel, &Restoration::run>(), {}};
+extern "C" const Phase dequantize[] = {phase<Restoration, &Restoration::each_row, &Restoration::run>(), {}};
 
 // ---- Functions that the operations share.
 

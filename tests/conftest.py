@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from checkpoint import empty_model, load_model, read_checkpoint
-from generate import Engine, Speculation, generate
+from generate import Engine, Speculation, generate, step
 from kernels.sampling import Sampling
 from model import ModelArgs, Transformer
 from quantize import quantize
@@ -94,6 +94,16 @@ def make_sampling(seed: int = 1, temperature: float = 0.0, top_k: int | None = N
 
 def new_engine(model: Transformer, positions: int | None = None) -> Engine:
     return Engine(model, model.make_cache(positions or model.args.max_seq_length))
+
+
+class Eager(Engine):
+    """An engine that runs each pass as it is: nothing is recorded."""
+
+    @torch.inference_mode()
+    def run(self, ids: list[int], sampling: Sampling, verify: bool = False) -> list[int]:
+        inputs = torch.tensor([ids, list(range(len(self.ids), len(self.ids) + len(ids)))])
+        self.ids += ids
+        return step(self.model, inputs, self.cache, sampling, not verify).tolist()
 
 
 def generated(

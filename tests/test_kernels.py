@@ -17,6 +17,7 @@ from conftest import ROOT, run_cli
 import kernels
 from checkpoint import GROUPSIZES, load_model, read_checkpoint
 from kernels import cpu
+from kernels.sampling import Sampling, sample
 from quantize import quantize, quantize_int4, quantize_int8
 
 SCHEMES = [(16, 0), (8, 0), *((4, groupsize) for groupsize in GROUPSIZES)]  # bits and group size
@@ -175,6 +176,66 @@ def test_the_same_bits_on_every_run_and_any_number_of_threads(library) -> None:
         torch.set_num_threads(before)
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))
+
+
+@pytest.mark.parametrize("channels", [2, 30, 64, 768, 2050])
+def test_what_stands_between_products_equals_float64_within_its_rounding(library, channels: int) -> None:
+    """RMSNorm, and SwiGLU, whose silu is rounded on its own; values from tiny to those at which silu is flat."""
+    for scale in (1e-3, 1.0, 30.0, 1e4):
+        x = (normal(1, 7, channels) * scale).bfloat16()
+        norm = kernels.RMSNorm(channels, 1e-5).bfloat16().requires_grad_(False)
+        norm.weight.copy_(normal(channels, seed=1))
+        wide = x.double()
+        exact = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight.double()
+        assert ((norm(x).double() - exact).abs() <= exact.abs() * 2**-8 + 1e-38).all()
+        gate, up = wide.chunk(2, dim=-1)
+        exact = gate.sigmoid() * gate * up
+        assert ((kernels.swiglu(x).double() - exact).abs() <= exact.abs() * 2**-7 + 1e-36).all()
+
+
+def test_nan_and_infinity_pass_through_what_stands_between_products(library) -> None:
+    x = torch.ones(1, 1, 64, dtype=torch.bfloat16)
+    for value in (float("nan"), float("inf")):
+        x[..., 3] = value
+        assert kernels.RMSNorm(64, 1e-5).bfloat16()(x)[0, 0, 3].isnan()
+        assert not kernels.swiglu(x)[0, 0, 3].isfinite()
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 2, 40, 999, 5000])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.5])
+def test_samples_are_those_of_pytorch(library, temperature: float, top_k: int | None) -> None:
+    """The same noise within float32's rounding, the same choice among equal logits: 640 samples of 1,000 tokens."""
+    for seed in range(40):
+        logits = normal(16, 1000, seed=seed).bfloat16()
+        if seed % 2:
+            logits = (logits * 2).round() / 2  # many are equal
+        sampling = Sampling(torch.tensor(seed, dtype=torch.int32), torch.tensor(temperature), top_k, 990)
+        positions = torch.arange(16) + 1000 * seed
+        assert torch.equal(sample(logits, positions, sampling), sample(logits.float(), positions, sampling))
+
+
+def test_a_sample_of_what_is_not_finite_is_none(library) -> None:
+    for value in (float("nan"), float("inf"), -float("inf")):
+        for place in (0, 5, slice(None)):
+            for top_k in (None, 3):
+                logits = torch.zeros(2, 64, dtype=torch.bfloat16)
+                logits[1, place] = value
+                sampling = Sampling(torch.tensor(1, dtype=torch.int32), torch.tensor(0.8), top_k)
+                ids = sample(logits, torch.arange(2), sampling).tolist()
+                assert ids[0] >= 0
+                some = value < 0 and place != slice(None)  # an impossible token among possible ones
+                assert (ids[1] >= 0) == some, (value, place)
+
+
+def test_row_i_of_many_is_that_row_alone_between_products(library) -> None:
+    x, norm = normal(1, 16, 768).bfloat16(), kernels.RMSNorm(768, 1e-5).bfloat16()
+    sampling = Sampling(torch.tensor(1, dtype=torch.int32), torch.tensor(0.8), 40)
+    positions = torch.arange(16)
+    for i in range(16):
+        row = slice(i, i + 1)
+        assert torch.equal(norm(x)[:, row], norm(x[:, row]))
+        assert torch.equal(kernels.swiglu(x)[:, row], kernels.swiglu(x[:, row]))
+        assert torch.equal(sample(x[0], positions, sampling)[row], sample(x[0, row], positions[row], sampling))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -374,6 +435,10 @@ for bits, groupsize in t.SCHEMES:
 for heads in ((4, 4, 64), (8, 1, 80), (4, 2, 24)):
     for filled, rows in ((1, 1), (257, 16), (700, 3), (720, 16)):
         kernels.attention(*t.attention_inputs(rows, filled, heads))
+import test_replay as r
+torch.set_num_threads(3)
+for seed in range(2):
+    r.test_any_sequence_of_passes_gives_what_eager_passes_give(seed)
 print("clean")
 """
 
