@@ -1,0 +1,236 @@
+"""The captured step on a CPU: what is replayed equals what runs eagerly, bit for bit; its threads end cleanly."""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, Eager, generated, make_sampling, new_engine, random_model, run_cli
+from torch import Tensor
+
+from checkpoint import load_model, read_checkpoint
+from kernels import cpu
+from model import ModelArgs, Transformer
+
+pytestmark = pytest.mark.skipif(cpu.library() is None, reason="the kernels need a C++ compiler")
+ARGS = ModelArgs(64, 2, 4, 2, 16, 96, 300, 1e-5, 10000.0, 1.0, 256)
+
+
+def forward(model: Transformer, inputs: Tensor, cache: Tensor) -> Tensor:
+    return model(inputs[:1], inputs[1], cache)
+
+
+@pytest.mark.parametrize("weights", ["target", "int8", "int4"])
+@torch.inference_mode()
+def test_replayed_logits_are_those_of_the_eager_step(demo, weights: str) -> None:
+    """1 to 16 rows, each number recorded once and then replayed at later positions, and the caches they leave."""
+    model = load_model(read_checkpoint(demo[weights]), "cpu", torch.bfloat16)
+    programs = [cpu.Program(forward) for _ in range(17)]
+    replayed, eager = model.make_cache(512), model.make_cache(512)
+    order = [rows for rows in range(1, 17) for _ in range(3)]
+    random.Random(0).shuffle(order)
+    start = 0
+    for rows in order:
+        ids = torch.randint(3, 2048, [rows], generator=torch.Generator().manual_seed(start))
+        inputs = torch.stack([ids, torch.arange(start, start + rows)])
+        expected = forward(model, inputs, eager)
+        assert torch.equal(programs[rows](model, inputs.clone(), replayed), expected), (rows, start)
+        start += rows
+    assert torch.equal(replayed[:, :, :, :, :start], eager[:, :, :, :, :start])
+    assert all(program.complete for program in programs[1:])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_sequence_of_passes_gives_what_eager_passes_give(seed: int) -> None:
+    """Two models in turn, prompts of any length, whole contexts, other seeds, temperatures and top_k in between."""
+    draw = random.Random(seed)
+    args = [ARGS, ModelArgs(32, 1, 2, 2, 16, 64, 300, 1e-5, 10000.0, 1.0, 256)]
+    models = [random_model(each).bfloat16() for each in args]
+    pairs = [(new_engine(model), Eager(model, model.make_cache(256))) for model in models]
+    sampling = make_sampling(0, 0.8)
+    for _ in range(150):
+        engines = pairs[draw.randrange(2)]
+        change = draw.random()
+        if change < 0.1:
+            sampling = make_sampling(draw.randrange(99), draw.choice([0.0, 0.7]), draw.choice([None, 1, 5, 1000]))
+        elif change < 0.4:
+            sampling.seed.fill_(draw.randrange(99))
+            sampling.temperature.fill_(draw.choice([0.0, 0.5, 2.0]))
+        full = len(engines[0].ids)
+        keep = draw.choice([full, full, full, draw.randrange(full + 1), 0])
+        for engine in engines:
+            del engine.ids[keep:]
+        count = min(draw.choice([1, 1, 1, 2, 3, 6, 16, 17, 40, 256]), 256 - keep)
+        ids = [draw.randrange(300) for _ in range(count)]
+        verify = draw.random() < 0.5 and count <= 16
+        if ids:
+            found = [engine.run(ids, sampling, verify) for engine in engines]
+            assert found[0] == found[1], (keep, count, verify)
+    assert any(program.complete for program in pairs[0][0].programs.values())
+
+
+def test_a_step_that_computes_with_pytorch_runs_eagerly_and_gives_the_same() -> None:
+    """One operator that cpu.cpp does not have is enough: wherever it is, even on a view or in place."""
+    model = random_model(ARGS).bfloat16()
+    for change in (torch.tanh, lambda logits: logits[:, :, ::2].contiguous(), lambda logits: logits.clamp_(max=0.5)):
+        with torch.inference_mode():
+            program = cpu.Program(lambda model, inputs, cache, change=change: change(forward(model, inputs, cache)))
+            caches = [model.make_cache(8) for _ in range(2)]
+            for position in range(6):
+                inputs = torch.tensor([[7 * position], [position]])
+                expected = change(forward(model, inputs, caches[0]))
+                assert torch.equal(program(model, inputs, caches[1]), expected)
+            assert not program.complete
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_another_dtype_runs_eagerly(dtype: torch.dtype) -> None:
+    model = random_model(ARGS).to(dtype)
+    engine, eager = new_engine(model), Eager(model, model.make_cache(256))
+    prompt, sampling = [5, 7, 9], make_sampling(3, 0.8)
+    assert generated(engine, prompt, 30, sampling) == generated(eager, prompt, 30, sampling)
+    assert not any(program.complete for program in engine.programs.values())
+
+
+def test_compile_has_nothing_to_do_in_bfloat16(demo) -> None:
+    """It does not even import the compiler, and the text is the same."""
+    code = "import sys, generate; generate.main(); sys.exit('torch._dynamo' in sys.modules)"
+    flags = ["--checkpoint_path", demo["target"], "--max_new_tokens", "20", "--device", "cpu"]
+    plain = run_cli("-c", code, *flags)
+    assert run_cli("-c", code, *flags, "--compile").stdout == plain.stdout
+    guessing = ["--draft_checkpoint_path", demo["draft"], "--compile"]
+    assert run_cli("-c", code, *flags, *guessing).stdout == plain.stdout
+
+
+# ---- Threads and processes
+
+CHILD = """
+import os, signal, sys, time
+sys.path[:0] = ["tests", "."]
+import torch
+from test_replay import *
+torch.set_num_threads(int(sys.argv[1]))
+model = random_model(ARGS).bfloat16()
+engine, sampling = new_engine(model), make_sampling(3, 0.8)
+
+def text():
+    return generated(engine, [5, 7, 9], 40, sampling)
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+def memory():
+    lines = dict(line.split(":") for line in open("/proc/self/status") if ":" in line)
+    return int(lines["VmRSS"].split()[0])
+
+"""
+
+
+def child(code: str, threads: int, **environment: str) -> str:
+    command = [sys.executable, "-c", CHILD + code, str(threads)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_as_many_threads_as_asked_for() -> None:
+    """One starts none, n start n - 1, and fewer later on leave the others asleep."""
+    code = """
+engine.run([5], sampling)
+before = threads()
+for count in (int(sys.argv[1]), 1, 2):
+    torch.set_num_threads(count)
+    engine.run([5], sampling)
+    print(threads() - before)
+"""
+    assert child(code, 1).split() == ["0", "0", "1"]
+    assert child(code, 4).split() == ["3", "3", "3"]
+
+
+def test_affinity_and_the_environment_limit_threads() -> None:
+    code = "os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); print(cpu.cores())"
+    assert child(code, 1) == "1\n"
+    assert child("print(cpu.cores())", 5, OMP_NUM_THREADS="3") == "5\n"  # torch has it from there, or from a caller
+
+
+def test_a_process_with_threads_asleep_forks_and_exits() -> None:
+    """The child, which has no threads but its own, and the parent go on with the same text."""
+    code = """
+before = text()
+time.sleep(0.3)
+if not (pid := os.fork()):
+    os._exit(text() != before)
+assert os.waitpid(pid, 0)[1] == 0
+assert text() == before
+"""
+    child(code, 4)
+
+
+def test_an_interrupted_process_goes_on_cleanly() -> None:
+    """Ctrl-C at any time during replays is heard, and leaves nothing behind that changes what follows."""
+    code = """
+before = text()
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+for i in range(20):
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.001 + 0.003 * i)
+        while True:
+            text()
+    except KeyboardInterrupt:
+        pass
+    engine.ids.clear()
+    assert text() == before
+"""
+    child(code, 3)
+
+
+def test_memory_does_not_grow() -> None:
+    """2,000 replays, of 1 and of 5 rows, once all of them have been recorded."""
+    code = """
+def passes(count):
+    for _ in range(count):
+        del engine.ids[3:]
+        engine.run([8], sampling)
+        engine.run([8, 9, 10, 11, 12], sampling, verify=True)
+
+passes(300)
+before = memory()
+passes(1000)
+print(memory() - before)
+"""
+    assert int(child(code, 2)) < 1000  # KB
+
+
+@pytest.mark.slow
+def test_the_same_bits_beside_busy_processes() -> None:
+    """More threads than cores, all cores busy with something else: 200 whole texts, bit for bit."""
+    code = """
+before = text()
+for _ in range(200):
+    assert text() == before
+"""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())]
+    try:
+        child(code, 2 * os.cpu_count())
+    finally:
+        for other in others:
+            other.kill()
+
+
+@pytest.mark.slow
+def test_no_data_race(tmp_path: Path) -> None:
+    """A program of all operations on four threads, under the thread sanitizer."""
+    compiler = os.environ.get("CXX") or "g++"
+    runtime = subprocess.run([compiler, "-print-file-name=libtsan.so"], capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(runtime):
+        pytest.skip("g++ has no thread sanitizer here")
+    program = tmp_path / "races"
+    flags = ["-std=c++20", "-O1", "-g", "-march=native", "-fsanitize=thread", "-pthread", "-w"]
+    subprocess.run([compiler, *flags, ROOT / "tests" / "races.cpp", "-o", program], check=True)
+    plain = ["setarch", "-R"] if shutil.which("setarch") else []  # the sanitizer wants addresses where it knows them
+    done = subprocess.run([*plain, program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "the same each time\n"), done.stderr[:3000]
