@@ -99,9 +99,7 @@ def _linear_cpu(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor
         slab = slice(start, start + count)
         part = [None if tensor is None else tensor[slab] for tensor in (weight, scale, minimum)]
         restored = x.new_empty(len(part[0]), n_in)
-        cpu.execute(
-            "dequantize", None, len(restored), n_in, len(restored), *part, *form, restored, x.dtype == torch.float32
-        )
+        cpu.execute("dequantize", None, *restored.shape, 0, *part, *form, restored, x.dtype == torch.float32)
         y[..., slab] = F.linear(x, restored)
     return y
 
