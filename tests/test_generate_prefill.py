@@ -378,6 +378,28 @@ def test_after_a_kill_while_storing_the_next_run_is_right(tmp_path: Path) -> Non
     assert cached == 48
 
 
+@pytest.mark.parametrize("when", ["before its status is read", "before its content is read"])
+def test_a_file_that_another_process_deletes_does_not_end_the_making_of_room(tmp_path, monkeypatch, when: str) -> None:
+    answer(cached_engine(tmp_path), A)
+    store, gone = Store(tmp_path, 2 * FILE), sorted(paths(tmp_path))[0]
+    glob, read = Path.glob, Path.read_bytes
+
+    def read_bytes(path: Path) -> bytes:
+        if path == gone:
+            gone.unlink()
+        return read(path)
+
+    if when == "before its status is read":
+        gone.unlink()
+        monkeypatch.setattr(Path, "glob", lambda folder, pattern: [gone, *glob(folder, pattern)])
+    else:
+        os.utime(gone, ns=(0, 0))  # the last one in turn
+        monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    store.trim()
+    assert not gone.exists()
+    assert len(paths(tmp_path)) == 2
+
+
 def test_ten_processes_share_a_folder(tmp_path: Path) -> None:
     """Every text is right; the budget of 20 files is exceeded by what each process is writing at most."""
     done = child(tmp_path, "ten")

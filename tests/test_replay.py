@@ -12,7 +12,9 @@ import torch
 from conftest import ROOT, Eager, generated, make_sampling, new_engine, random_model, run_cli
 from torch import Tensor
 
+import generate
 from checkpoint import load_model, read_checkpoint
+from generate import Engine
 from kernels import cpu
 from model import ModelArgs, Transformer
 
@@ -104,6 +106,18 @@ def test_compile_has_nothing_to_do_in_bfloat16(demo) -> None:
     assert run_cli("-c", code, *flags, "--compile").stdout == plain.stdout
     guessing = ["--draft_checkpoint_path", demo["draft"], "--compile"]
     assert run_cli("-c", code, *flags, *guessing).stdout == plain.stdout
+
+
+def test_compile_prefill_compiles_the_prompts_pass_alone_in_bfloat16(demo, monkeypatch, capsys) -> None:
+    compiled = []
+    monkeypatch.setattr(Engine, "compile", lambda self, names, sampling: compiled.append(names))
+    flags = ["--checkpoint_path", demo["target"], "--draft_checkpoint_path", demo["draft"], "--max_new_tokens", "2"]
+    for precision, names in (("bfloat16", {"prefill"}), ("float32", {"decode", "verify", "prefill"})):
+        more = ["--compile", "--compile_prefill", "--precision", precision, "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, flags), *more])
+        generate.main()
+        assert set().union(*compiled) == names
+        compiled.clear()
 
 
 # ---- Threads and processes
