@@ -340,7 +340,7 @@ def build_parser() -> argparse.ArgumentParser:
     either("--prompt_lookup", action="store_true", help="guess what followed the last tokens where they stood before")
     add("--speculate_k", type=terminal.number(1, cpu.MAX_ROWS - 1), default=5, help="longest run of guesses (5)")
     add("--seed", type=terminal.number(0, 2**31 - 1), default=1234, help="the same seed gives the same text (1234)")
-    add("--compile", action="store_true", help="compile the step of one token: slower start, faster decoding")
+    add("--compile", action="store_true", help="slower start, faster decoding; bfloat16 on a CPU needs none of it")
     add("--compile_prefill", action="store_true", help="compile the prompt's pass as well")
     add("--device", choices=DEVICES, default=DEVICES[0], help="cuda where there is one")
     add("--precision", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of activations and floats")

@@ -48,8 +48,7 @@ def cores() -> int:
         return torch.get_num_threads()
     siblings = [Path(f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list") for n in os.sched_getaffinity(0)]
     physical = {path.read_text() if path.exists() else str(path) for path in siblings}
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, int(min(len(physical), quota())) // ranks)
+    return max(1, int(min(len(physical), quota())) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @cache
@@ -86,12 +85,12 @@ def execute(operation: str, *arguments: Tensor | int | None) -> tuple:
 
 def compute(operation: str, x: Tensor, n_out: int, *others: Tensor | int | None, dtype=torch.bfloat16) -> Tensor:
     """Run an operation on x [..., n_in]: [..., n_out]. `others` are the arguments that not every operation has."""
-    y = torch.empty(*x.shape[:-1], n_out, dtype=dtype)
-    arguments = (x, x.numel() // x.shape[-1], x.shape[-1], n_out, *others, y)
-    call, words = execute(operation, *arguments)
+    shape = (*x.shape[:-1], n_out)
+    y = Program.recording[0].buffer(shape, dtype) if Program.recording else torch.empty(shape, dtype=dtype)
+    call, words = execute(operation, x, x.numel() // x.shape[-1], x.shape[-1], n_out, *others, y)
     for program in Program.recording:
         program.calls += call
-        program.kept += [words, arguments]
+        program.kept.append(words)
     return y
 
 
@@ -99,7 +98,7 @@ class Program(TorchDispatchMode):
     """A step of few rows: `step` (model, inputs, ...) -> samples, from the second time on without Python if possible.
 
     The first time is recorded. If nothing but operations of cpu.cpp has computed, the same calls are repeated, on the
-    same addresses: tensors of the first time are kept, and new inputs are copied over the first ones. Where anything
+    same addresses: results of the first time are kept, and new inputs are copied over the first ones. Where anything
     else that the step is given is another object than before, it is recorded again.
     """
 
@@ -120,13 +119,25 @@ class Program(TorchDispatchMode):
             return compute("add", x, x.shape[-1], *others, 0)
         count = len(self.calls)
         result = operator(*args, **(kwargs or {}))
-        if operator not in self.VIEWS and len(self.calls) == count:
+        if operator in self.VIEWS:
+            self.kept.append(args)  # somebody has its memory, though not the tensor itself
+        elif len(self.calls) == count:
             self.complete = False
         return result
+
+    def buffer(self, shape: tuple, dtype: torch.dtype) -> Tensor:
+        """Memory for a result: that of an earlier one that nobody has any more, or new."""
+        counts = [sys.getrefcount(y) for y in self.buffers]
+        for y, count in zip(self.buffers, counts, strict=True):
+            if count == counts[0] and y.shape == shape and y.dtype == dtype:  # nobody gets the first, which is empty
+                return y
+        self.buffers.append(torch.empty(shape, dtype=dtype))
+        return self.buffers[-1]
 
     def record(self, model: Module, inputs: Tensor, *others: object) -> None:
         """Run the step, and note its calls."""
         self.calls, self.kept, self.complete = [], [inputs], True
+        self.buffers = [torch.empty(0)]
         self.recording.append(self)
         try:
             with self:

@@ -38,12 +38,6 @@ def gumbel_noise(seed: Tensor, input_pos: Tensor, vocab_size: int) -> Tensor:
     return -torch.log(-torch.log(uniform))
 
 
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """`logits` [S, vocab_size] with all but the `k` largest of each row at -inf; of equal ones the lower ids stay."""
-    largest, ids = logits.sort(dim=-1, descending=True, stable=True)
-    return torch.full_like(logits, -torch.inf).scatter(-1, ids[:, :k], largest[:, :k])
-
-
 def sample(logits: Tensor, input_pos: Tensor, sampling: Sampling) -> Tensor:
     """Token ids [S] for logits [S, vocab_size] computed at the positions `input_pos` [S]; -1 where not finite.
 
@@ -56,7 +50,8 @@ def sample(logits: Tensor, input_pos: Tensor, sampling: Sampling) -> Tensor:
         return cpu.compute("sample", logits, 1, input_pos, *others, dtype=torch.int64)[:, 0]
     logits = logits[:, :vocab_size].float()
     if sampling.top_k is not None:
-        logits = keep_top_k(logits, sampling.top_k)
+        largest, ids = logits.sort(dim=-1, descending=True, stable=True)  # of equal ones the lower ids stay
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, ids[:, : sampling.top_k], largest[:, : sampling.top_k])
     noisy = logits + sampling.temperature * gumbel_noise(sampling.seed, input_pos, logits.shape[-1])
     ids = torch.argmax(noisy, dim=-1)  # NaN counts as the largest
     largest = noisy.gather(-1, ids[:, None])[:, 0]

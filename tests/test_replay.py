@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,28 @@ def test_any_sequence_of_passes_gives_what_eager_passes_give(seed: int) -> None:
             found = [engine.run(ids, sampling, verify) for engine in engines]
             assert found[0] == found[1], (keep, count, verify)
     assert any(program.complete for program in pairs[0][0].programs.values())
+
+
+@torch.inference_mode()
+def test_results_share_memory_and_a_view_keeps_its_own() -> None:
+    """A program has the memory of the results that are needed at a time, however many layers there are."""
+    args = [replace(ARGS, n_layer=layers) for layers in (2, 6)]
+    programs = []
+    for model in (random_model(each).bfloat16() for each in args):
+        programs.append(cpu.Program(forward))
+        programs[-1](model, torch.tensor([[1, 2, 3], [0, 1, 2]]), model.make_cache(8))
+    assert len(programs[0].buffers) == len(programs[1].buffers) < 10
+
+    def with_views(model: Transformer, inputs: Tensor, cache: Tensor) -> Tensor:
+        first = forward(model, inputs[:, :1], cache)[0]  # of a tensor that nobody has
+        return first + forward(model, inputs[:, 1:], cache)[0]
+
+    model = random_model(ARGS).bfloat16()
+    program, caches = cpu.Program(with_views), [model.make_cache(8) for _ in range(2)]
+    for position in range(0, 8, 2):
+        inputs = torch.tensor([[7 + position, 9], [position, position + 1]])
+        assert torch.equal(program(model, inputs, caches[0]), with_views(model, inputs, caches[1]))
+    assert program.complete
 
 
 def test_a_step_that_computes_with_pytorch_runs_eagerly_and_gives_the_same() -> None:
