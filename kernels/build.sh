@@ -38,7 +38,7 @@ fi
 library=$scratch/cpu.so
 if ! { mkdir -p -m700 "$folder" && made=$(mktemp "$folder/.cpu.XXXXXX") && cp "$library" "$made" &&
     mv "$made" "$kept"; } 2> "$said"; then
-    echo "CPU kernels built for this run only: $(tail -n1 "$said"): set XDG_CACHE_HOME to a folder" >&2
+    echo "CPU kernels built for this run only: $folder: $(tail -n1 "$said"): set XDG_CACHE_HOME to a folder" >&2
 elif [[ -z $again ]]; then
     library=$kept
 fi
