@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kernels import cpu
 
-SLAB = 2**22  # weights that are dequantized at a time
+SLAB = torch.empty(2**22)  # where weights are dequantized, so many at a time: fresh memory is slow
 
 
 class Linear(nn.Module):
@@ -94,11 +94,11 @@ def _linear_cpu(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor
     if scale is None:
         return F.linear(x, weight.to(x.dtype))
     y = x.new_empty(*x.shape[:-1], n_out)
-    count = max(1, SLAB // n_in)  # library products on slabs, restored within the cache
+    count = max(1, len(SLAB) // n_in)  # library products on slabs, restored within the cache
     for start in range(0, n_out, count):
         slab = slice(start, start + count)
         part = [None if tensor is None else tensor[slab] for tensor in (weight, scale, minimum)]
-        restored = x.new_empty(len(part[0]), n_in)
+        restored = SLAB.view(x.dtype)[: len(part[0]) * n_in].view(-1, n_in)
         cpu.execute("dequantize", None, *restored.shape, 0, *part, *form, restored, x.dtype == torch.float32)
         y[..., slab] = F.linear(x, restored)
     return y
