@@ -69,8 +69,9 @@ def library() -> ctypes.CDLL | None:
 
 def takes_rows(x: Tensor) -> bool:
     """Whether cpu.cpp does what a step does with x [..., channels] beside products: up to MAX_ROWS in bfloat16."""
-    few = x.is_cpu and x.dtype == torch.bfloat16 and x.is_contiguous() and x.numel() <= MAX_ROWS * x.shape[-1]
-    return few and not torch.compiler.is_compiling() and library() is not None
+    # First of all: a compiled step is not to depend on the number of rows.
+    few = not torch.compiler.is_compiling() and x.is_cpu and x.dtype == torch.bfloat16 and x.is_contiguous()
+    return few and x.numel() <= MAX_ROWS * x.shape[-1] and library() is not None
 
 
 def execute(operation: str, *arguments: Tensor | int | None) -> tuple:

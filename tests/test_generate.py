@@ -342,7 +342,15 @@ def test_normal_use_prints_no_warning(demo, tmp_path: Path) -> None:
     (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError('none here', name='numpy')")
     environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
     done = run_cli(
-        "generate.py", "--checkpoint_path", demo["draft"], "--compile", "--max_new_tokens", "3", **environment
+        "generate.py",
+        "--checkpoint_path",
+        demo["draft"],
+        "--compile",
+        "--max_new_tokens",
+        "3",
+        "--precision",
+        "float32",
+        **environment,
     )
     names = {line.split(": ")[0] for line in done.stderr.splitlines()}
     assert names == STATISTICS.keys() | {"Compile time"}
