@@ -127,7 +127,7 @@ template <int V> static inline void unpack(__m512i v, __m512i levels, __m512bh *
 
 // R output channels from n on, times M rows from `first` on: every weight is decoded once for the M rows. The unrolling
 // pragmas are what keeps the sums in registers. A row of packed weights is too short for the hardware to learn where the
-// next one begins, and it does not look across the end of a page; with bfloat16 it does better alone.
+// next one begins, and it does not look across the end of a page; with few rows of bfloat16 it does better alone.
 template <int V, int M, int R> static void block(const Weight &w, long first, long n) {
     const long bytes = w.in * w.bits / 8, padded = w.padded(), groups = w.groups();
     const bf16 *x = activations.data() + first * padded;
@@ -150,7 +150,7 @@ template <int V, int M, int R> static void block(const Weight &w, long first, lo
         __m512bh q[R][V];
         __m512 scale[R];
         UNROLLED for (int r = 0; r < R; r++) {
-            if (V > 1) _mm_prefetch((const char *)p[r] + b + AHEAD, _MM_HINT_T0);
+            if (V > 1 || M > 2) _mm_prefetch((const char *)p[r] + b + AHEAD, _MM_HINT_T0);
             unpack<V>(_mm512_maskz_loadu_epi8(inside, p[r] + b), levels, q[r]);
             if constexpr (V == 4) {
                 const long g = (n + r) * groups + (2 * b >> shift);
