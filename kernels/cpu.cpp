@@ -532,8 +532,8 @@ static struct {
 
     // What thread t does: thread 0 until the program has ended, the others for ever.
     void work(long t) {
-        while (t > 0 || !finished) {
-            const uint32_t seen = turn;
+        // The turn first: `finished` is set before the turn changes, so whoever misses it does not sleep through it.
+        for (uint32_t seen = turn; t > 0 || !finished; seen = turn) {
             long task, done = 0;
             for (long i = 0; i < threads && t < threads; i++)
                 for (; (task = claim(shares[(t + i) % threads].word, i == 0)) >= 0; done++) open->run(operation, task);
