@@ -241,7 +241,7 @@ class Session:
         self.sampling = Sampling(seed, torch.tensor(args.temperature).to(args.device), args.top_k, self.tokenizer.size)
         self.answers: list[Answer] = []
         print(f"Load time: {time.perf_counter() - start:.3f} s", file=sys.stderr)
-        if args.compile_prefill or (args.compile and not cpu.takes_rows(self.engines[0].model.norm.weight)):
+        if args.compile or args.compile_prefill:
             self.compile()
 
     def load(self, path: Path, make_engine: Callable, draft: bool = False) -> Engine:
@@ -257,7 +257,7 @@ class Session:
         names = [name for name, is_needed in needed.items() if is_needed]
         plans = [names, ["decode", "prefill"]]
         if cpu.takes_rows(self.engines[0].model.norm.weight):  # few rows run without Python anyway
-            plans = [["prefill"]] * 2
+            plans = [["prefill"]] * 2 if self.args.compile_prefill else []
         try:
             for engine, steps in zip(self.engines, plans, strict=False):
                 engine.compile(steps, self.sampling)

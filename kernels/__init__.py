@@ -83,8 +83,8 @@ def _linear_cpu(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor
     """The operator llama.linear on a CPU."""
     n_in, n_out = x.shape[-1], len(weight)
     groupsize = 0 if minimum is None else n_in // minimum.shape[1]
-    stored = weight.dtype in cpu.BITS and weight.is_contiguous() and groupsize in cpu.GROUPSIZES
-    if x.dtype == torch.float16 or not stored or n_in % 32 != 0 or cpu.library() is None:
+    stored = weight.dtype in cpu.BITS and weight.is_contiguous() and groupsize in cpu.GROUPSIZES and n_in % 32 == 0
+    if x.dtype not in (torch.bfloat16, torch.float32) or not stored or cpu.library() is None:
         return F.linear(x, dequantize(weight, scale, minimum, x.dtype))
     form = (cpu.BITS[weight.dtype], groupsize)
     # From so many rows on the library reads a float weight faster; a quantized one would have to be restored first.
@@ -107,11 +107,10 @@ def _linear_cpu(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor
 def _attention(qkv: Tensor, frequencies: Tensor, input_pos: Tensor, cache: Tensor) -> Tensor:
     """The operator llama.attention on every device."""
     batch, rows, channels = qkv.shape
-    _, _, n_kv_head, positions, head_dim = cache.shape
-    if cpu.takes_rows(qkv) and batch == 1 and head_dim <= cpu.MAX_HEAD_DIM:
-        shape = (n_kv_head, head_dim, positions)
+    _, _, n_kv_head, _, head_dim = cache.shape
+    if cpu.takes_rows(qkv) and batch == 1 and head_dim <= cpu.MAX_HEAD_DIM and cache.dtype == qkv.dtype:
         n_out = channels - 2 * n_kv_head * head_dim
-        return cpu.compute("attention", qkv, n_out, frequencies, input_pos, *shape, cache[0], cache[1])
+        return cpu.compute("attention", qkv, n_out, frequencies, input_pos, *cache.shape[2:], cache[0], cache[1])
     heads = qkv.view(batch, rows, -1, head_dim).transpose(1, 2)  # [B, heads, S, head_dim]
     n_head = heads.shape[1] - 2 * n_kv_head
     q, k, v = heads.split([n_head, n_kv_head, n_kv_head], dim=1)

@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <mutex>
-#include <thread>
+#include <pthread.h>
 #include <vector>
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(PORTABLE)
 #include <immintrin.h>
@@ -103,9 +103,9 @@ static std::vector<float> group_sums;
 //
 // A 4-bit level becomes bfloat16 by a table look-up: vpermw takes the low 5 bits of each 16-bit word as index, and with
 // the 16 levels stored twice it ignores bit 4, so nothing has to be masked. With word w of a 64-byte block holding the
-// channels 4w to 4w + 3, look-up p (after a shift by 4p) gives the channels 4w + p: Product::prepare brings the activations
-// into that order, once a call. Each float lane of a sum then covers 8 neighbouring channels, so a block's scales are one
-// vector of lanes.
+// channels 4w to 4w + 3, look-up p (after a shift by 4p) gives the channels 4w + p: Product::prepare brings the
+// activations into that order, once a call. Each float lane of a sum then covers 8 neighbouring channels, so a block's
+// scales are one vector of lanes.
 static inline __m512 int8_to_floats(__m128i x) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x));
 }
@@ -370,7 +370,7 @@ extern "C" const Phase swiglu[] = {phase<Between, &Between::each_row, &Between::
 struct Attention : Rows {
     const float *frequencies;
     const int64_t *input_pos;
-    long n_kv_head, head_dim, positions;
+    long n_kv_head, positions, head_dim;
     bf16 *k_cache, *v_cache, *y;
 
     static inline std::vector<bf16> queries;  // turned

@@ -17,7 +17,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
@@ -56,8 +55,7 @@ def library() -> ctypes.CDLL | None:
     """The kernels as build.sh makes them; None without them, with a line on stderr that says why."""
     with tempfile.TemporaryDirectory() as scratch:
         for again in ([], ["--again"]):  # what was kept may be damaged, need other libraries, or lie where nothing runs
-            command = ["bash", str(BUILD), scratch, *again, *FLAGS]
-            made = subprocess.run(command, capture_output=True, text=True)
+            made = subprocess.run(["bash", str(BUILD), scratch, *again, *FLAGS], capture_output=True, text=True)
             sys.stderr.write(made.stderr)
             if made.returncode != 0:
                 return None
@@ -67,11 +65,11 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
-def takes_rows(x: Tensor) -> bool:
+def takes_rows(x: Tensor | float) -> bool:
     """Whether cpu.cpp does what a step does with x [..., channels] beside products: up to MAX_ROWS in bfloat16."""
-    # First of all: a compiled step is not to depend on the number of rows.
-    few = not torch.compiler.is_compiling() and x.is_cpu and x.dtype == torch.bfloat16 and x.is_contiguous()
-    return few and x.numel() <= MAX_ROWS * x.shape[-1] and library() is not None
+    # The compiler is asked first: a compiled step is not to depend on the number of rows.
+    known = not torch.compiler.is_compiling() and isinstance(x, Tensor) and x.is_cpu and x.dtype == torch.bfloat16
+    return known and x.is_contiguous() and x.numel() <= MAX_ROWS * x.shape[-1] and library() is not None
 
 
 def execute(operation: str, *arguments: Tensor | int | None) -> tuple:
@@ -114,9 +112,9 @@ class Program(TorchDispatchMode):
     def run_operator(self, operator, types: list, args: tuple = (), kwargs: dict | None = None) -> object:
         """Run an operator of PyTorch, two of them by cpu.cpp with equal bits; note one that cannot be repeated."""
         x, *others = args
-        if operator == aten.embedding.default and takes_rows(x[:1]):
+        if operator == aten.embedding.default and takes_rows(x[:1]) and x.is_contiguous():
             return compute("embedding", others[0][..., None], x.shape[1], x, 0)
-        if operator == aten.add.Tensor and takes_rows(x) and x.shape == others[0].shape:
+        if operator == aten.add.Tensor and all(map(takes_rows, args)) and x.shape == others[0].shape and not kwargs:
             return compute("add", x, x.shape[-1], *others, 0)
         count = len(self.calls)
         result = operator(*args, **(kwargs or {}))
@@ -135,10 +133,13 @@ class Program(TorchDispatchMode):
         self.buffers.append(torch.empty(shape, dtype=dtype))
         return self.buffers[-1]
 
-    def record(self, model: Module, inputs: Tensor, *others: object) -> None:
+    def record(self, model: torch.nn.Module, inputs: Tensor, *others: object) -> None:
         """Run the step, and note its calls."""
-        self.calls, self.kept, self.complete = [], [inputs], True
+        self.given = None  # until it has ended well
+        self.calls = []
+        self.kept = [inputs]
         self.buffers = [torch.empty(0)]
+        self.complete = True
         self.recording.append(self)
         try:
             with self:
@@ -148,7 +149,7 @@ class Program(TorchDispatchMode):
         self.calls = (ctypes.c_void_p * len(self.calls))(*self.calls)
         self.given = (model, *others)
 
-    def __call__(self, model: Module, inputs: Tensor, *others: object) -> Tensor:
+    def __call__(self, model: torch.nn.Module, inputs: Tensor, *others: object) -> Tensor:
         """The samples of a step, which hold until the next one."""
         if self.given is None or any(map(is_not, self.given, (model, *others))):
             self.record(model, inputs, *others)

@@ -29,7 +29,7 @@ int main() {
     const Between first = {{x.data(), rows, dim, dim}, norm.data(), 10000000, normed.data()};
     const Product to_qkv = product(normed.data(), dim, channels, wqkv, qkv.data());
     const Attention attend = {{qkv.data(), rows, channels, dim}, frequencies.data(), input_pos.data(), n_kv_head,
-                              head_dim, positions, cache.data(), cache.data() + cache.size() / 2, attended.data()};
+                              positions, head_dim, cache.data(), cache.data() + cache.size() / 2, attended.data()};
     const Product to_dim = product(attended.data(), dim, dim, wo, projected.data());
     const Between sum = {{x.data(), rows, dim, dim}, projected.data(), 0, h.data()};
     const Product to_ffn = product(h.data(), dim, 2 * ffn, w13, wide.data());

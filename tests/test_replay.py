@@ -101,7 +101,16 @@ def test_results_share_memory_and_a_view_keeps_its_own() -> None:
 def test_a_step_that_computes_with_pytorch_runs_eagerly_and_gives_the_same() -> None:
     """One operator that cpu.cpp does not have is enough: wherever it is, even on a view or in place."""
     model = random_model(ARGS).bfloat16()
-    for change in (torch.tanh, lambda logits: logits[:, :, ::2].contiguous(), lambda logits: logits.clamp_(max=0.5)):
+    changes = {
+        "an operator": torch.tanh,
+        "a copy": lambda logits: logits[:, :, ::2].contiguous(),
+        "in place": lambda logits: logits.clamp_(max=0.5),
+        "a sum with a number": lambda logits: logits + 1.5,
+        "a sum with a factor": lambda logits: torch.add(logits, logits, alpha=2),
+        "a sum of two dtypes": lambda logits: logits + logits.float(),
+        "a sum with one row for all": lambda logits: logits + logits[0, 0],
+    }
+    for change in changes.values():
         with torch.inference_mode():
             program = cpu.Program(lambda model, inputs, cache, change=change: change(forward(model, inputs, cache)))
             caches = [model.make_cache(8) for _ in range(2)]
@@ -110,6 +119,36 @@ def test_a_step_that_computes_with_pytorch_runs_eagerly_and_gives_the_same() -> 
                 expected = change(forward(model, inputs, caches[0]))
                 assert torch.equal(program(model, inputs, caches[1]), expected)
             assert not program.complete
+
+
+@torch.inference_mode()
+def test_a_recording_that_is_interrupted_leaves_nothing() -> None:
+    """The first one, and one that takes the place of another: what comes next is recorded, and right."""
+    model, breaks = random_model(ARGS).bfloat16(), []
+
+    def breaking(model: Transformer, inputs: Tensor, cache: Tensor) -> Tensor:
+        logits = forward(model, inputs, cache)
+        if breaks:
+            raise KeyboardInterrupt
+        return logits
+
+    program, inputs = cpu.Program(breaking), torch.tensor([[7], [0]])
+    expected, first, second = forward(model, inputs, model.make_cache(8)), model.make_cache(8), model.make_cache(8)
+    for cache, broken in (
+        (first, True),
+        (first, False),
+        (first, False),
+        (second, True),
+        (first, False),
+        (first, False),
+    ):
+        breaks[:] = [1] * broken
+        if broken:
+            with pytest.raises(KeyboardInterrupt):
+                program(model, inputs.clone(), cache)
+        else:
+            assert torch.equal(program(model, inputs.clone(), cache), expected)
+        assert not cpu.Program.recording
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
