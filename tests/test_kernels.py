@@ -273,17 +273,17 @@ def test_what_is_verified_at_once_equals_what_is_decoded_one_by_one(demo, weight
 
 
 SIZES = {  # at and beyond what the kernels have room for: (n_in, groupsize), and head_dim
-    "products": [(32, 32), (48, 0), (33, 0), (512, 16), (768, 48)],
+    "products": [(32, 32), (48, 0), (64, 0), (33, 0), (512, 16), (768, 48)],
     "heads": [2, 62, cpu.MAX_HEAD_DIM, cpu.MAX_HEAD_DIM + 2, 2048],
 }
 
 
 @pytest.mark.parametrize("n_in, groupsize", SIZES["products"])
 def test_a_size_that_the_kernels_do_not_take_goes_to_pytorch(n_in: int, groupsize: int) -> None:
-    """One row and many, in bfloat16 and float32: the product of the restored weight all the same."""
+    """One row and many, in bfloat16, float32 and float64: the product of the restored weight all the same."""
     weight = stored(normal(2, n_in) * 0.02, 4 if groupsize else 8, groupsize)
     for rows in (1, 65):
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
             x = normal(rows, n_in).to(dtype)
             exact = x.double() @ kernels.dequantize(*weight, torch.float32).double().T
             error = (multiply(x, *weight).double() - exact).abs().max()
