@@ -338,6 +338,7 @@ def test_where_no_folder_takes_the_build_it_is_for_this_run(tmp_path: Path, monk
         monkeypatch.setenv("XDG_CACHE_HOME", "")
 
 
+@pytest.mark.slow
 def test_the_compiler_is_a_command_line(monkeypatch, build: Callable) -> None:
     monkeypatch.setenv("CXX", f"env {COMPILER}")
     assert build().replay

@@ -220,6 +220,7 @@ for count in (int(sys.argv[1]), 1, 2):
     assert child(code, 4).split() == ["3", "3", "3"]
 
 
+@pytest.mark.slow
 def test_affinity_and_the_environment_limit_threads() -> None:
     code = "os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); print(cpu.cores())"
     assert child(code, 1) == "1\n"
@@ -257,6 +258,7 @@ for i in range(20):
     child(code, 3)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow() -> None:
     """2,000 replays, of 1 and of 5 rows, once all of them have been recorded."""
     code = """
