@@ -24,11 +24,9 @@ class Conversation:
         """The ids so far and of `text`, which the user says next. ValueError where the context has no room for them."""
         if self.template:
             ids = self.ids + turn_ids(self.tokenizer, text, self.system, first=not self.ids)
-        elif self.ids:
-            ids = self.ids + self.tokenizer.encode(text)
         else:
-            before = f"{self.system}\n" if self.system else ""
-            ids = [self.tokenizer.bos_id, *self.tokenizer.encode(before + text)]
+            before = f"{self.system}\n" if self.system and not self.ids else ""
+            ids = (self.ids or [self.tokenizer.bos_id]) + self.tokenizer.encode(before + text)
         if len(ids) > self.context:
             raise ValueError(f"{len(ids)} tokens, but a context of {self.context}: shorten them or --system, or /clear")
         return ids

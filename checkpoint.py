@@ -59,11 +59,6 @@ def empty_model(args: ModelArgs, quantization: dict | None, dtype: torch.dtype) 
     return model
 
 
-def properties(tensors: dict[str, Tensor]) -> dict:
-    """The properties of tensors that config and quantization determine: shape, and float or integer."""
-    return {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in tensors.items()}
-
-
 def read_checkpoint(path: Path) -> Checkpoint:
     """Map the checkpoint at `path`. ValueError where it is not one of ours, or damaged."""
     with reading(path, "./scripts/prepare.sh REPO or quantize.py writes a checkpoint"):
@@ -73,7 +68,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         model = header.pop("model")
         args = ModelArgs(**header["config"])
         expected = empty_model(args, header["quantization"], torch.bfloat16).state_dict()
-        if properties(model) != properties(expected) or not header.keys() >= {"id", "chat"}:
+        kinds = [{n: (t.shape, t.is_floating_point()) for n, t in each.items()} for each in (model, expected)]
+        if kinds[0] != kinds[1] or not header.keys() >= {"id", "chat"}:
             raise ValueError("its tensors are not those of its own config: convert or quantize it again")
         return Checkpoint(path, args, header, Tokenizer(header["tokenizer"]), model)
 

@@ -26,12 +26,13 @@ from torch import Tensor
 import tp
 from chat import Conversation, converse
 from checkpoint import DEVICES, Checkpoint, read_checkpoint
-from kernels import cpu
+from kernels import Recorded, cpu
 from kernels.sampling import Sampling, sample
 from model import Transformer
-from tokenizer import TextStream
+from tokenizer import text_decoder
 
-PREFILL_ROWS = 512  # a prompt runs in chunks of so many rows: bounded memory, and Ctrl-C is heard in between
+# A prompt runs in chunks of so many rows: bounded memory, and Ctrl-C is heard in between.
+PREFILL_ROWS = {"cpu": 512, "cuda": 2048}
 
 
 def step(model: Transformer, inputs: Tensor, cache: Tensor, sampling: Sampling, last: bool) -> Tensor:
@@ -51,9 +52,9 @@ class Engine:
     model: Transformer
     cache: Tensor
     ids: list[int] = field(default_factory=list)
-    compiled: dict[str, Callable] = field(default_factory=dict)  # steps by name; the others run eagerly
     checkpoint: Checkpoint | None = None  # where the model is from
-    programs: dict[tuple[str, int], cpu.Program] = field(default_factory=dict)  # steps of few rows, by name and rows
+    few: Callable = field(default_factory=lambda: Recorded(step))  # the step for up to MAX_ROWS rows
+    many: Callable = step  # and for more
 
     def rewind(self, ids: list[int]) -> None:
         """Keep the beginning in common with `ids`, without their last: its logits are wanted, so it has to run."""
@@ -61,51 +62,75 @@ class Engine:
             self.ids = os.path.commonprefix([self.ids, ids[:-1]])
 
     @torch.inference_mode()
-    def run(self, ids: list[int], sampling: Sampling, verify: bool = False) -> list[int]:
-        """Run `ids` behind those in the cache: the token [1] sampled after the last, or where `verify` [S] after each.
+    def launch(self, inputs: Tensor, sampling: Sampling) -> Tensor:
+        """Run `inputs` [2, S], tokens and their positions: the samples of `run`, for which nobody has waited yet.
 
-        All tensors are made in here: an inference tensor and a normal one are not the same to a compiled step.
-        ValueError where the model computes no finite numbers.
+        They hold until the next pass.
         """
-        several = "verify" if verify else "prefill"
-        name = "decode" if len(ids) == 1 else several
-        inputs = torch.tensor([ids, range(len(self.ids), len(self.ids) + len(ids))], device=sampling.seed.device)
-        run = self.compiled.get(name, step)
-        if name in self.compiled and len(ids) > 1:
-            torch._dynamo.mark_dynamic(inputs, 1)
-        elif name not in self.compiled and len(ids) <= cpu.MAX_ROWS:
-            run = self.programs.setdefault((name, len(ids)), cpu.Program(step))
-        samples = run(self.model, inputs, self.cache, sampling, name == "prefill")
-        samples = tp.agree(samples.tolist)  # those of the first rank, should another have rounded otherwise
-        if -1 in samples:
+        # A copy is an inference tensor, whatever it is of: a step is compiled for these.
+        inputs = inputs.to(self.cache.device, non_blocking=True, copy=True)
+        if inputs.shape[1] <= cpu.MAX_ROWS:
+            return self.few(self.model, inputs, self.cache, sampling, False)
+        return self.many(self.model, inputs, self.cache, sampling, True)
+
+    def read(self, samples: Tensor) -> list[int]:
+        """Wait for samples, which are the first rank's. ValueError where the model computed no finite numbers."""
+        ids = tp.share(samples).tolist()
+        if -1 in ids:
             raise ValueError("the model's logits are not finite: try --precision bfloat16, or another checkpoint")
+        return ids
+
+    def run(self, ids: list[int], sampling: Sampling) -> list[int]:
+        """Run `ids` behind those in the cache: the tokens [S] sampled after each, or [1] after the last of many."""
+        positions = range(len(self.ids), len(self.ids) + len(ids))
+        samples = self.read(self.launch(torch.tensor([ids, positions]), sampling))
         self.ids += ids
         return samples
 
     def extend(self, ids: list[int], sampling: Sampling) -> list[int]:
         """Run the tokens of the sequence `ids` that have not run, in chunks; the token [1] sampled after the last."""
-        for start in range(len(self.ids), len(ids), PREFILL_ROWS):
-            samples = self.run(ids[start : start + PREFILL_ROWS], sampling)
-        return samples
+        rows = PREFILL_ROWS[self.cache.device.type]
+        for start in range(len(self.ids), len(ids), rows):
+            samples = self.run(ids[start : start + rows], sampling)
+        return samples[-1:]
 
+    @torch.inference_mode()
     def guess(self, ids: list[int], count: int, sampling: Sampling) -> list[int]:
-        """Up to `count` tokens that follow `ids`, as far as the context goes: the work of a draft."""
-        if len(ids) > self.model.args.max_seq_length:
+        """Up to `count` tokens that follow `ids`, as far as the context goes: the work of a draft, with two waits."""
+        count = min(count, self.model.args.max_seq_length + 1 - len(ids))
+        if count < 1:
             return []
         self.rewind(ids)
-        return list(generate(self, ids, count, None, sampling))
+        guesses = torch.tensor(self.extend(ids, sampling), device=self.cache.device)
+        for position in torch.arange(len(ids), len(ids) + count - 1, device=self.cache.device):
+            inputs = torch.stack([guesses[-1:].clamp(min=0), position[None]])  # -1 is no token; `read` tells it
+            guesses = torch.cat([guesses, self.launch(inputs, sampling)])
+        guesses = self.read(guesses)
+        self.ids = ids + guesses[:-1]
+        return guesses
 
     def keep(self, ids: list[int]) -> None:
         """Called with the whole sequence when an answer has ended. The cache keeps it anyway."""
 
-    def compile(self, names: list[str], sampling: Sampling) -> None:
-        """Compile these steps: one row (decode), some rows with all their samples (verify), any rows (prefill)."""
+    def compile(self, few: bool, many: bool, sampling: Sampling) -> None:
+        """Compile the steps of `few` rows, of `many`, or both."""
         torch._dynamo.config.specialize_float = True  # or a second model's eps becomes a symbol, which does not compile
         # A whole graph would contradict TORCH_COMPILE_DISABLE.
-        self.compiled = dict.fromkeys(names, torch.compile(step, fullgraph=not torch._dynamo.config.disable))
-        for name in names:
-            self.run([0] if name == "decode" else [0, 0], sampling, verify=name == "verify")
-        self.ids = []
+        compiled = torch.compile(step, fullgraph=not torch._dynamo.config.disable)
+
+        def run_compiled(model: Transformer, inputs: Tensor, *others: object) -> Tensor:
+            """One row runs as two: code for it alone could round otherwise than the code that verifies guesses."""
+            rows = inputs.shape[1]
+            inputs = inputs if rows > 1 else inputs.repeat(1, 2)
+            torch._dynamo.mark_dynamic(inputs, 1)
+            return compiled(model, inputs, *others)[:rows]
+
+        if few:
+            self.few = Recorded(run_compiled)
+            self.launch(torch.zeros(2, 1, dtype=torch.int64), sampling)
+        if many:
+            self.many = run_compiled
+            self.launch(torch.zeros(2, cpu.MAX_ROWS + 1, dtype=torch.int64), sampling)
 
 
 def prompt_lookup(ids: list[int], count: int, sampling: Sampling) -> list[int]:
@@ -165,16 +190,15 @@ class Speculation:
 
     def advance(self, engine: Engine, ids: list[int], room: int, sampling: Sampling) -> list[int]:
         """The tokens that follow `ids`: one, and of at most `room` guesses those that stand, in one pass."""
-        count = tp.agree(lambda: self.choose(room))  # the first rank's clock decides
+        # The first rank's clock decides.
+        count = int(tp.share(torch.tensor(self.choose(room), device=engine.cache.device)))
         paused = not self.rounds or self.rounds[-1][0] == 0
         if count and paused:  # a draft reads the tokens it has missed now: they are not the cost of a guess
             self.guess(ids, 1, sampling)
         start = time.perf_counter()
         guesses = self.guess(ids, count, sampling) if count else []
-        samples = engine.run([ids[-1], *guesses], sampling, verify=True)
-        accepted = 0
-        while accepted < len(guesses) and guesses[accepted] == samples[accepted]:
-            accepted += 1
+        samples = engine.run([ids[-1], *guesses], sampling)
+        accepted = len(os.path.commonprefix([guesses, samples]))
         self.learn(len(guesses), accepted, time.perf_counter() - start)
         del engine.ids[len(ids) + accepted :]  # keys and values of guesses that did not stand
         return samples[: accepted + 1]
@@ -251,16 +275,12 @@ class Session:
         return make_engine(model, model.make_cache(checkpoint.args.max_seq_length), checkpoint=checkpoint)
 
     def compile(self) -> None:
-        """Compile the steps that answers will need. ValueError where there is no compiler."""
+        """Compile the steps that gain from it. ValueError where there is no compiler."""
         start = time.perf_counter()
-        needed = {"decode": True, "verify": self.speculation, "prefill": self.args.compile_prefill}
-        names = [name for name, is_needed in needed.items() if is_needed]
-        plans = [names, ["decode", "prefill"]]
-        if cpu.takes_rows(self.engines[0].model.norm.weight):  # few rows run without Python anyway
-            plans = [["prefill"]] * 2 if self.args.compile_prefill else []
+        few = self.args.compile and self.args.device == "cuda"
         try:
-            for engine, steps in zip(self.engines, plans, strict=False):
-                engine.compile(steps, self.sampling)
+            for engine in self.engines if few or self.args.compile_prefill else []:
+                engine.compile(few, self.args.compile_prefill, self.sampling)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise ValueError(f"--compile: {str(error).splitlines()[0]}: mend that, or do without --compile") from error
         print(f"Compile time: {time.perf_counter() - start:.3f} s", file=sys.stderr)
@@ -272,7 +292,7 @@ class Session:
 
     def answer(self, prompt: list[int], i: int = 0) -> list[int]:
         """Print the text that follows `prompt` as it comes, with seed + i; its ids. Ctrl-C ends it where one may."""
-        engine, stream, answer = self.engines[0], TextStream(self.tokenizer), Answer(len(prompt))
+        engine, decode, answer = self.engines[0], text_decoder().decode, Answer(len(prompt))
         may_interrupt = self.args.interactive and tp.ranks() == (0, 1)  # torchrun ends its ranks on Ctrl-C
         eos_id = None if self.args.ignore_eos else self.tokenizer.eos_id
         limit, context = self.args.max_new_tokens, self.checkpoint.args.max_seq_length
@@ -286,13 +306,13 @@ class Session:
             for token in generate(engine, prompt, limit, eos_id, self.sampling, self.speculation):
                 answer.ids.append(token)
                 answer.times.append(time.perf_counter() - start)
-                print(stream.push(token), end="", flush=True)
+                print(decode(self.tokenizer.bytes_of(token)), end="", flush=True)
             full = len(prompt) + len(answer.ids) > context
             answer.why = f"context of {context} tokens is full" if full else "end of sequence"
             if len(answer.ids) == limit:
                 answer.why = f"max_new_tokens {limit}"
         answer.times = answer.times or [time.perf_counter() - start]
-        print(stream.finish(), end="\n" if self.args.interactive or sys.stdout.isatty() else "", flush=True)
+        print(decode(b"", True), end="\n" if self.args.interactive or sys.stdout.isatty() else "", flush=True)
         with suppress(KeyboardInterrupt) if may_interrupt else nullcontext():
             for each in self.engines:
                 each.keep(prompt + answer.ids)
@@ -309,8 +329,8 @@ class Session:
         seconds = max(last - first, 1e-9)
         rounds = self.speculation.rounds if self.speculation else [(0, 0)] * decoded
         tried, accepted = (sum(each[i] for each in rounds) for i in (0, 1))
-        weights = self.engines[0].model.state_dict()
-        size = sum(weight.nbytes for name, weight in weights.items() if name != "tok_embeddings.weight")
+        weights = self.engines[0].model.state_dict().items()
+        size = sum(weight.nbytes for name, weight in weights if name != "tok_embeddings.weight")
         cuda = self.args.device == "cuda"
         peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         guesses = f"\nGuesses: {tried} tried, {accepted} accepted, {decoded} tokens in {len(rounds)} passes"
@@ -340,7 +360,7 @@ def build_parser() -> argparse.ArgumentParser:
     either("--prompt_lookup", action="store_true", help="guess what followed the last tokens where they stood before")
     add("--speculate_k", type=terminal.number(1, cpu.MAX_ROWS - 1), default=5, help="longest run of guesses (5)")
     add("--seed", type=terminal.number(0, 2**31 - 1), default=1234, help="the same seed gives the same text (1234)")
-    add("--compile", action="store_true", help="slower start, faster decoding; bfloat16 on a CPU needs none of it")
+    add("--compile", action="store_true", help="slower start, faster decoding on CUDA; a CPU needs none of it")
     add("--compile_prefill", action="store_true", help="compile the prompt's pass as well")
     add("--device", choices=DEVICES, default=DEVICES[0], help="cuda where there is one")
     add("--precision", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of activations and floats")

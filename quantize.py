@@ -19,7 +19,7 @@ from torch import Tensor
 
 from checkpoint import DEVICES, GROUPSIZES, Checkpoint, empty_model, read_checkpoint, storage, write_checkpoint
 
-SLAB = 2**18  # weights quantized at a time: they stay in the caches
+SLAB = {"cpu": 2**18, "cuda": 2**26}  # weights quantized at a time: they stay in the caches, or keep a GPU busy
 ROUNDS = 5  # of least squares
 TINY = torch.finfo(torch.float32).tiny  # in place of a scale of zero: any level will do
 
@@ -74,7 +74,7 @@ def quantize(checkpoint: Checkpoint, quantization: dict, device: str, path: Path
         for name, weight in terminal.progress(checkpoint.model.items(), "quantizing"):
             layer = name.removesuffix(".weight")
             bits, groupsize = storage(layer, quantization)
-            count = max(1, SLAB // weight[0].numel())
+            count = max(1, SLAB[device] // weight[0].numel())
             for start in range(0, len(weight), count):
                 slab = weight[start : start + count].to(device)
                 if not slab.isfinite().all():
@@ -97,10 +97,10 @@ def main() -> None:
     add("--device", choices=DEVICES, default="cpu", help="what computes; names an int4 file, which runs on both (cpu)")
     args = parser.parse_args()
     checkpoint = read_checkpoint(args.checkpoint_path)
-    quantization, suffix = {"mode": "int8"}, "int8"
+    quantization, suffix = {"mode": args.mode}, args.mode
     if args.mode == "int4":
-        quantization = {"mode": "int4", "groupsize": args.groupsize}
-        suffix = f"int4.g{args.groupsize}.{args.device}"
+        quantization["groupsize"] = args.groupsize
+        suffix += f".g{args.groupsize}.{args.device}"
     path = args.checkpoint_path.with_name(f"{args.checkpoint_path.stem}_{suffix}.pth")
     quantize(checkpoint, quantization, args.device, path)
     print(f"wrote {path}", file=sys.stderr)

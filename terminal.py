@@ -42,9 +42,9 @@ def status_of(main: Callable[[], None], errors: object = None, blame: str = "") 
         if isinstance(error, MemoryError) or "allocate memory" in reason or "out of memory" in reason:
             reason = "there is not enough memory for this model and its context: quantize it, or use a smaller one"
         elif isinstance(error, RuntimeError):
-            if not blame:
+            if not blame and "CUDA" not in reason:
                 raise
-            reason = f"{blame}: {reason}"
+            reason = f"{blame or 'the GPU or its driver failed, or is busy'}: {reason[:300]}"
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains of stdout as well
         print(reason, file=errors or sys.stderr)
         return 1

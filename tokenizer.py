@@ -17,11 +17,8 @@ class Tokenizer:
         self.size = self.pieces.vocab_size()
         self.bos_id = self.pieces.bos_id()
         self.eos_id = self.pieces.eos_id()
-        self.front = self.pieces.encode("a")  # stands before a token whose leading space is to be kept
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`, nothing added; the spelling of a special token stays text."""
-        return self.pieces.encode(text)
+        self.encode = self.pieces.encode  # ids of a text, nothing added; the spelling of a special token stays text
+        self.front = self.encode("a")  # stands before a token whose leading space is to be kept
 
     def bytes_of(self, token: int) -> bytes:
         """The bytes that `token` adds to a text in UTF-8."""
@@ -34,20 +31,12 @@ class Tokenizer:
         return [self.pieces.id_to_piece(token) for token in range(self.size)]
 
 
-class TextStream:
-    """Token ids in, text out as soon as it is certain: bytes that the next token may complete to a character wait."""
+def text_decoder() -> codecs.IncrementalDecoder:
+    """Bytes of tokens in, text out as soon as it is certain: those that the next may complete to a character wait.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace each byte")
-
-    def push(self, token: int) -> str:
-        """The text that `token` makes certain."""
-        return self.decoder.decode(self.tokenizer.bytes_of(token))
-
-    def finish(self) -> str:
-        """The rest, when no more tokens come."""
-        return self.decoder.decode(b"", final=True)
+    decode(b"", True) gives the rest, when no more tokens come.
+    """
+    return codecs.getincrementaldecoder("utf-8")("replace each byte")
 
 
 def turn_ids(tokenizer: Tokenizer, text: str, system: str, first: bool) -> list[int]:

@@ -58,20 +58,24 @@ def run(main: Callable[[], None]) -> None:
     os._exit(status)  # the threads of a process group abort an interpreter that winds up
 
 
+def agree(compute: Callable, rank: int = 0) -> object:
+    """The result of `compute`, which JSON can hold, on that rank; the others wait for it."""
+    data = json.dumps(compute()).encode() if ranks()[0] == rank else b""
+    size = int(share(torch.tensor(len(data)), rank))
+    data = share(torch.tensor(list(data.ljust(size)), dtype=torch.uint8), rank)
+    return json.loads(bytes(data.tolist()))
+
+
 def gather(value: object) -> list:
-    """`value`, which JSON can hold, of each of the ranks, in their order. (torch's all_gather_object wants numpy.)"""
-    if not dist.is_initialized():
-        return [value]
-    data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
-    sizes = all_gather_tensor(torch.tensor([len(data)]), 0, dist.group.WORLD).tolist()
-    padded = torch.nn.functional.pad(data, (0, max(sizes) - len(data)))
-    parts = all_gather_tensor(padded, 0, dist.group.WORLD).view(len(sizes), -1).tolist()
-    return [json.loads(bytes(part[:size])) for part, size in zip(parts, sizes, strict=True)]
+    """`value` of each of the ranks, in their order."""
+    return [agree(lambda: value, rank) for rank in range(ranks()[1])]
 
 
-def agree(compute: Callable) -> object:
-    """The result of `compute` on the first rank; the others wait for it."""
-    return gather(compute() if ranks()[0] == 0 else None)[0]
+def share(tensor: Tensor, rank: int = 0) -> Tensor:
+    """That rank's `tensor`, in its place on every rank."""
+    if dist.is_initialized():
+        dist.broadcast(tensor, rank)
+    return tensor
 
 
 def shard(name: str, tensor: Tensor, args: ModelArgs) -> Tensor:

@@ -238,8 +238,8 @@ def ours(path: Path, device: str, compiled: bool, without: str) -> tuple[dict, C
     engine = Engine(model, model.make_cache(checkpoint.args.max_seq_length))
     sampling = Sampling(torch.tensor(1, dtype=torch.int32, device=device), torch.tensor(0.8, device=device))
     start = time.perf_counter()
-    if compiled and not cpu.takes_rows(model.norm.weight):
-        engine.compile(["decode", "verify"], sampling)
+    if compiled and device == "cuda":
+        engine.compile(True, False, sampling)
     says = {"weights": weight_bytes(model), "args": asdict(checkpoint.args), "compile": time.perf_counter() - start}
 
     def answer(prompt: int, tokens: int) -> dict:
@@ -258,7 +258,7 @@ def ours(path: Path, device: str, compiled: bool, without: str) -> tuple[dict, C
         for _ in range(repeats):
             del engine.ids[128:]
             start = time.perf_counter()
-            engine.run([5] * count, sampling, verify=True)
+            engine.run([5] * count, sampling)
             seconds.append(time.perf_counter() - start)
         return statistics.median(seconds)
 
@@ -663,6 +663,8 @@ def main() -> None:
         key.strip() + value for key, value in lines.items() if key.strip() in ("model name", "cpu family", "model")
     )
     machine = f"{cpu.cores()} cores, {model}, torch {torch.__version__}"
+    if options.device == "cuda":
+        machine = f"{torch.cuda.get_device_name()}, {machine}"
     results = []
     report = {"machine": machine, "date": time.strftime("%Y-%m-%d"), "results": results}
     for shape, args in shapes.items():

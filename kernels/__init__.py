@@ -4,6 +4,13 @@
 operators.
 """
 
+import sys
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from operator import is_not
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -39,9 +46,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., n_in] times the transpose of the weight: [..., n_out] in the dtype of `x`."""
-        if x.device.type == "cpu":
-            return torch.ops.llama.linear(x.contiguous(), self.weight, self.scale, self.minimum)
-        return F.linear(x, dequantize(self.weight, self.scale, self.minimum, x.dtype))
+        return torch.ops.llama.linear(x.contiguous(), self.weight, self.scale, self.minimum)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -72,19 +77,75 @@ def dequantize(weight: Tensor, scale: Tensor | None, minimum: Tensor | None, dty
     if scale is None:
         return weight.to(dtype)
     if minimum is None:
-        return (weight.float() * scale[:, None]).to(dtype)
+        return torch.mul(weight, scale[:, None], out=torch.empty_like(weight, dtype=dtype))
     pairs = torch.stack([weight & 15, weight >> 4], dim=-1)
-    levels = pairs.view(*scale.shape, -1).float()  # [out, groups, groupsize]
-    restored = torch.addcmul(minimum.float()[..., None], levels, scale.float()[..., None])
+    levels = pairs.view(*scale.shape, -1)  # [out, groups, groupsize]
+    wide = torch.promote_types(dtype, scale.dtype)
+    restored = torch.addcmul(minimum.to(wide)[..., None], levels, scale.to(wide)[..., None])
     return restored.flatten(1).to(dtype)
 
 
-def _linear_cpu(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None) -> Tensor:
-    """The operator llama.linear on a CPU."""
+@cache
+def has_cuda_kernels(dtype: torch.dtype) -> bool:
+    """Whether the GPU runs kernels/cuda.py for rows of `dtype`; a line on stderr where not."""
+    if dtype == torch.bfloat16 and find_spec("triton") and torch.cuda.get_device_capability() >= (8, 0):
+        return True
+    needs = "they take bfloat16, Triton, and a GPU of compute capability 8.0"
+    print(f"no CUDA kernels for {dtype}, so decoding is several times slower: {needs}", file=sys.stderr)
+    return False
+
+
+def on_cuda(x: Tensor) -> ModuleType | None:
+    """kernels/cuda.py where it takes the rows of x [..., channels]; None where PyTorch's operators do."""
+    if not x.is_cuda or x.numel() > cpu.MAX_ROWS * x.shape[-1] or not has_cuda_kernels(x.dtype):
+        return None
+    from kernels import cuda  # noqa: PLC0415  Triton may be absent
+
+    return cuda
+
+
+def new_program(x: Tensor) -> cpu.Program | None:
+    """What can record a step of rows like x [..., channels]; None where nothing can."""
+    if cuda := on_cuda(x):
+        return cuda.Graph()
+    return cpu.Program() if cpu.takes_rows(x) else None
+
+
+class Recorded:
+    """`step` (model, inputs [2, S], ...) of few rows, repeated without Python between its kernels where possible.
+
+    Each number of rows is recorded when it first occurs, and again where anything that the step is given beside the
+    inputs is another object than before.
+    """
+
+    def __init__(self, step: Callable[..., Tensor]) -> None:
+        self.step = step
+        self.programs: dict[int, cpu.Program] = {}  # by the number of rows
+
+    def __call__(self, model: nn.Module, inputs: Tensor, *others: object) -> Tensor:
+        """What the step returns, which holds until the next one."""
+        given = (model, *others)
+        program = self.programs.get(inputs.shape[1])
+        if program is None or any(map(is_not, program.given, given)):
+            program = new_program(model.norm.weight)
+            if program is not None:
+                samples = program.record(self.step, inputs, given)
+                self.programs[inputs.shape[1]] = program  # unless it was interrupted
+                return samples
+        elif program.complete:
+            return program.replay(inputs)
+        return self.step(model, inputs, *others)
+
+
+def _linear(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None) -> Tensor:
+    """The operator llama.linear."""
     n_in, n_out = x.shape[-1], len(weight)
+    if (cuda := on_cuda(x)) and n_in % 32 == 0:
+        return cuda.linear(x, weight, scale, minimum)
     groupsize = 0 if minimum is None else n_in // minimum.shape[1]
     stored = weight.dtype in cpu.BITS and weight.is_contiguous() and groupsize in cpu.GROUPSIZES and n_in % 32 == 0
-    if x.dtype not in (torch.bfloat16, torch.float32) or not stored or cpu.library() is None:
+    known = x.is_cpu and x.dtype in (torch.bfloat16, torch.float32)
+    if not known or not stored or cpu.library() is None:
         return F.linear(x, dequantize(weight, scale, minimum, x.dtype))
     form = (cpu.BITS[weight.dtype], groupsize)
     # From so many rows on the library reads a float weight faster; a quantized one would have to be restored first.
@@ -105,8 +166,10 @@ def _linear_cpu(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor
 
 
 def _attention(qkv: Tensor, frequencies: Tensor, input_pos: Tensor, cache: Tensor) -> Tensor:
-    """The operator llama.attention on every device."""
+    """The operator llama.attention."""
     batch, rows, channels = qkv.shape
+    if (cuda := on_cuda(qkv)) and batch == 1 and cache.dtype == qkv.dtype:
+        return cuda.attention(qkv, frequencies, input_pos, cache)
     _, _, n_kv_head, _, head_dim = cache.shape
     if cpu.takes_rows(qkv) and batch == 1 and head_dim <= cpu.MAX_HEAD_DIM and cache.dtype == qkv.dtype:
         n_out = channels - 2 * n_kv_head * head_dim
@@ -118,12 +181,17 @@ def _attention(qkv: Tensor, frequencies: Tensor, input_pos: Tensor, cache: Tenso
     cache[0].index_copy_(2, input_pos, _rotate(k, angles))
     cache[1].index_copy_(2, input_pos, v)
     filled = int(input_pos[-1]) + 1
-    mask = input_pos[:, None] >= torch.arange(filled, device=qkv.device)  # [S, filled]
-    # The query heads that share a KV head become rows of one product: SDPA's enable_gqa is ten times slower on a CPU.
-    group = n_head // n_kv_head
-    q = _rotate(q, angles).reshape(batch, n_kv_head, group * rows, head_dim)
     keys, values = cache[:, :, :, :filled]
-    y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask.repeat(group, 1))
+    q = _rotate(q, angles)
+    if qkv.is_cpu:
+        # Heads that share a KV head become rows of one product: SDPA's enable_gqa is ten times slower on a CPU.
+        mask = (input_pos[:, None] >= torch.arange(filled)).repeat(n_head // n_kv_head, 1)
+        q = q.reshape(batch, n_kv_head, -1, head_dim)
+    else:
+        from torch.nn.attention.bias import causal_lower_right  # noqa: PLC0415  it imports the compiler
+
+        mask = causal_lower_right(rows, filled)  # which takes no memory
+    y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=not qkv.is_cpu)
     y = y.reshape(batch, n_head, rows, head_dim).transpose(1, 2)
     return y.reshape(batch, rows, n_head * head_dim)
 
@@ -150,7 +218,7 @@ def _empty_attention(qkv: Tensor, frequencies: Tensor, input_pos: Tensor, cache:
 
 _library = torch.library.Library("llama", "DEF")
 _library.define("linear(Tensor x, Tensor weight, Tensor? scale, Tensor? minimum) -> Tensor")
-_library.impl("linear", _linear_cpu, "CPU")
+_library.impl("linear", _linear, "CompositeExplicitAutograd")
 _library.impl("linear", lambda x, weight, scale, minimum: x.new_empty(*x.shape[:-1], len(weight)), "Meta")
 # The write to the cache is not declared: torch 2.13 refuses alias annotations inside nested_compile_region. It is safe
 # because in a compiled step nothing but this operator touches a cache, once a layer, and its result is always used.

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
-from operator import is_not
 from pathlib import Path
 from typing import ClassVar
 
@@ -94,20 +93,14 @@ def compute(operation: str, x: Tensor, n_out: int, *others: Tensor | int | None,
 
 
 class Program(TorchDispatchMode):
-    """A step of few rows: `step` (model, inputs, ...) -> samples, from the second time on without Python if possible.
+    """The operations of a step, recorded while it runs once.
 
-    The first time is recorded. If nothing but operations of cpu.cpp has computed, the same calls are repeated, on the
-    same addresses: results of the first time are kept, and new inputs are copied over the first ones. Where anything
-    else that the step is given is another object than before, it is recorded again.
+    If nothing but operations of cpu.cpp has computed, it is `complete`: the same calls can be repeated on the same
+    addresses. Results of the first time are kept for that, and new inputs are copied over the first ones.
     """
 
     VIEWS = (aten.slice.Tensor, aten.select.int, aten.unbind.int, aten.empty.memory_format)  # these compute nothing
     recording: ClassVar[list["Program"]] = []  # at most one
-
-    def __init__(self, step: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.step = step
-        self.given: tuple | None = None  # to the recorded step, beside inputs
 
     def run_operator(self, operator, types: list, args: tuple = (), kwargs: dict | None = None) -> object:
         """Run an operator of PyTorch, two of them by cpu.cpp with equal bits; note one that cannot be repeated."""
@@ -133,9 +126,9 @@ class Program(TorchDispatchMode):
         self.buffers.append(torch.empty(shape, dtype=dtype))
         return self.buffers[-1]
 
-    def record(self, model: torch.nn.Module, inputs: Tensor, *others: object) -> None:
-        """Run the step, and note its calls."""
-        self.given = None  # until it has ended well
+    def record(self, step: Callable[..., Tensor], inputs: Tensor, given: tuple) -> Tensor:
+        """Run a `step` (model, inputs, ...), of which the others are `given`, and note its calls: the samples."""
+        self.given = given
         self.calls = []
         self.kept = [inputs]
         self.buffers = [torch.empty(0)]
@@ -143,21 +136,16 @@ class Program(TorchDispatchMode):
         self.recording.append(self)
         try:
             with self:
-                self.samples = self.step(model, inputs, *others)
+                self.samples = step(given[0], inputs, *given[1:])
         finally:
             self.recording.pop()
         self.calls = (ctypes.c_void_p * len(self.calls))(*self.calls)
-        self.given = (model, *others)
+        return self.samples
 
-    def __call__(self, model: torch.nn.Module, inputs: Tensor, *others: object) -> Tensor:
-        """The samples of a step, which hold until the next one."""
-        if self.given is None or any(map(is_not, self.given, (model, *others))):
-            self.record(model, inputs, *others)
-        elif self.complete:
-            self.kept[0].copy_(inputs)
-            library().replay(self.calls, ctypes.c_long(len(self.calls) // 2), ctypes.c_long(torch.get_num_threads()))
-        else:
-            return self.step(model, inputs, *others)
+    def replay(self, inputs: Tensor) -> Tensor:
+        """Repeat the calls: the samples, which hold until the next time."""
+        self.kept[0].copy_(inputs)
+        library().replay(self.calls, ctypes.c_long(len(self.calls) // 2), ctypes.c_long(torch.get_num_threads()))
         return self.samples
 
 

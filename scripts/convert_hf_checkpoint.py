@@ -175,9 +175,8 @@ def convert(folder: Path, precision: str) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Convert a Hugging Face Llama checkpoint.", allow_abbrev=False)
-    add = parser.add_argument
-    add("--checkpoint_dir", type=Path, required=True, help="directory in Hugging Face layout")
-    add("--precision", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights (bfloat16)")
+    parser.add_argument("--checkpoint_dir", type=Path, required=True, help="directory in Hugging Face layout")
+    parser.add_argument("--precision", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights")
     args = parser.parse_args()
     print(f"wrote {convert(args.checkpoint_dir, args.precision)}", file=sys.stderr)
 

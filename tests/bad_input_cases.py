@@ -747,7 +747,7 @@ UNUSUAL = {
 STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 WRITERS = {"converter": CONVERT, "quantizer": QUANTIZE}
 MOMENTS = ("terminal.progress", "os.fsync", "os.replace")
-PUSH = "tokenizer.TextStream.push"
+PUSH = "tokenizer.Tokenizer.bytes_of"
 
 
 def hit(command: str, signal: str, call: str) -> str:

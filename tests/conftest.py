@@ -10,13 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # the kernels of CUDA run on a CPU; Triton reads it when it is imported
+
 from checkpoint import empty_model, load_model, read_checkpoint
 from generate import Engine, Speculation, generate, step
+from kernels import cpu
 from kernels.sampling import Sampling
 from model import ModelArgs, Transformer
 from quantize import quantize
 from scripts.convert_hf_checkpoint import convert
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, text_decoder
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "tests" / "demo"
@@ -100,10 +104,14 @@ class Eager(Engine):
     """An engine that runs each pass as it is: nothing is recorded."""
 
     @torch.inference_mode()
-    def run(self, ids: list[int], sampling: Sampling, verify: bool = False) -> list[int]:
-        inputs = torch.tensor([ids, list(range(len(self.ids), len(self.ids) + len(ids)))])
-        self.ids += ids
-        return step(self.model, inputs, self.cache, sampling, not verify).tolist()
+    def launch(self, inputs: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+        return step(self.model, inputs, self.cache, sampling, inputs.shape[1] > cpu.MAX_ROWS)
+
+
+def decoded(ids: list[int]) -> str:
+    """The text of `ids` as it is streamed, put together."""
+    decode = text_decoder().decode
+    return "".join(decode(TOKENIZER.bytes_of(token)) for token in ids) + decode(b"", True)
 
 
 def generated(

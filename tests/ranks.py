@@ -62,7 +62,7 @@ def answers(path: Path, prompts: list[list[int]]) -> dict:
         cached.keep(cached.ids)
     if path.name == COMPILED:
         fast = new_engine(engine.model, 256)
-        fast.compile(["decode"], warm)
+        fast.compile(True, False, warm)
         found["sampled compiled"] = [say(prompt, warm, of=fast) for prompt in prompts]
     logits = []
     for shape in ((2, 7), (1, 1)):

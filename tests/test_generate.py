@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TOKENIZER, generated, make_sampling, new_engine, run_cli
+from conftest import ROOT, TOKENIZER, decoded, generated, make_sampling, new_engine, run_cli
 
 from checkpoint import load_model, read_checkpoint
 from generate import Session, build_parser
 from kernels.sampling import gumbel_noise, hash32, sample
 from scripts.convert_hf_checkpoint import convert
-from tokenizer import TextStream
+from tokenizer import text_decoder
 
 GOLDEN_PROMPT = "The following example"
 PROMPT = [TOKENIZER.bos_id, *TOKENIZER.encode(GOLDEN_PROMPT)]
@@ -87,7 +87,7 @@ def test_hash_is_bit_equal_eager_compiled_and_in_python() -> None:
 @pytest.fixture(scope="module")
 def compiled(target):
     engine = new_engine(target)
-    engine.compile(["decode", "prefill"], make_sampling())
+    engine.compile(True, True, make_sampling())
     return engine
 
 
@@ -96,7 +96,7 @@ def compiled(target):
 def test_compiled_equals_eager(target, compiled, temperature: float, top_k: int | None) -> None:
     if top_k is not None:
         compiled = new_engine(target)
-        compiled.compile(["decode"], make_sampling(1, 0.5, top_k))
+        compiled.compile(True, False, make_sampling(1, 0.5, top_k))
     sampling = make_sampling(11, temperature, top_k)
     eager = generated(new_engine(target), PROMPT, 60, sampling)
     assert generated(compiled, PROMPT, 60, sampling) == eager
@@ -110,7 +110,7 @@ def test_models_of_different_eps_compile_in_one_process(random_llama) -> None:
         _, folder = random_llama(rms_norm_eps=eps)
         model = load_model(read_checkpoint(convert(folder, "float32")), "cpu", torch.float32)
         engine = new_engine(model)
-        engine.compile(["decode", "prefill"], make_sampling())
+        engine.compile(True, True, make_sampling())
         prompt = [1, 5, 6, 7]
         assert generated(engine, prompt, 20, make_sampling()) == generated(
             new_engine(model), prompt, 20, make_sampling()
@@ -124,7 +124,7 @@ def test_no_recompilation_after_the_warm_up_whatever_the_prompt_and_the_filling(
 
     torch.compiler.reset()
     compiled = new_engine(target)
-    compiled.compile(["decode", "verify", "prefill"], make_sampling())
+    compiled.compile(True, True, make_sampling())
     before = counters["stats"]["unique_graphs"]
     for length in (*range(1, 300, 13), 300, 513, 800):
         generated(compiled, (PROMPT * 400)[:length], 3, make_sampling(length, 0.5))
@@ -258,8 +258,7 @@ def test_golden_text_of_the_demo(target, compiled) -> None:
     for engine in (new_engine(target), compiled):
         ids = generated(engine, PROMPT, len(GOLDEN["ids"]), make_sampling())
         assert ids == GOLDEN["ids"]
-    stream = TextStream(TOKENIZER)
-    assert "".join(map(stream.push, ids)) + stream.finish() == GOLDEN["text"]
+    assert decoded(ids) == GOLDEN["text"]
 
 
 PIECES = TOKENIZER.pieces
@@ -274,14 +273,12 @@ def test_streamed_text_equals_the_decoded_ids() -> None:
     raws = [b"\xf0\x9f", b"\xe2\x82\xac\xe2\x82", b"\xff\xfea", b"\x80\xc3\xa9", b"\x80" * 64]
     torn = [[BYTES[f"<0x{byte:02X}>"] for byte in raw] for raw in raws]
     for ids in [*map(TOKENIZER.encode, texts), *random, *torn, *(t + TOKENIZER.encode("b") for t in torn)]:
-        stream = TextStream(TOKENIZER)
-        text = "".join(map(stream.push, ids)) + stream.finish()
-        assert text == PIECES.decode(head + ids).removeprefix(PIECES.decode(head))
+        assert decoded(ids) == PIECES.decode(head + ids).removeprefix(PIECES.decode(head))
 
 
 def test_half_a_character_waits_and_what_can_be_none_does_not() -> None:
-    stream = TextStream(TOKENIZER)
-    pieces = [stream.push(BYTES[f"<0x{byte:02X}>"]) for byte in "é👍\n".encode() + b"\x80\x80"]
+    decode = text_decoder().decode
+    pieces = [decode(TOKENIZER.bytes_of(BYTES[f"<0x{byte:02X}>"])) for byte in "é👍\n".encode() + b"\x80\x80"]
     assert pieces == ["", "é", "", "", "", "👍", "\n", "\ufffd", "\ufffd"]
 
 
@@ -365,6 +362,6 @@ def test_compile_time_does_not_grow_with_the_number_of_layers(random_llama) -> N
     for layers in (2, 6):
         _, folder = random_llama(num_hidden_layers=layers)
         model = load_model(read_checkpoint(convert(folder, "float32")), "cpu", torch.float32)
-        _, code = run_and_get_code(new_engine(model).compile, ["decode"], make_sampling())
+        _, code = run_and_get_code(new_engine(model).compile, True, False, make_sampling())
         sizes.append(sum(text.count("cpp_fused") for text in itertools.chain(code)))
     assert sizes[1] < sizes[0] * 1.5

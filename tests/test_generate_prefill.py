@@ -211,7 +211,7 @@ def test_text_when_compiled(quantized: dict, tmp_path: Path) -> None:
     expected = generated(new_engine(model), A, 30, make_sampling(3, 0.8))
     answer(cached_engine(tmp_path, model=model), A, 30)
     engine = cached_engine(tmp_path, model=model)
-    engine.compile(["decode", "verify", "prefill"], make_sampling(3, 0.8))
+    engine.compile(True, True, make_sampling(3, 0.8))
     speculation = Speculation(prompt_lookup, 5)
     ids, _, cached = answer(engine, A, 30, speculation)
     assert (ids, cached) == (expected, 96)

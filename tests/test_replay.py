@@ -16,7 +16,7 @@ from torch import Tensor
 import generate
 from checkpoint import load_model, read_checkpoint
 from generate import Engine
-from kernels import cpu
+from kernels import Recorded, cpu
 from model import ModelArgs, Transformer
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="the kernels need a C++ compiler")
@@ -32,7 +32,7 @@ def forward(model: Transformer, inputs: Tensor, cache: Tensor) -> Tensor:
 def test_replayed_logits_are_those_of_the_eager_step(demo, weights: str) -> None:
     """1 to 16 rows, each number recorded once and then replayed at later positions, and the caches they leave."""
     model = load_model(read_checkpoint(demo[weights]), "cpu", torch.bfloat16)
-    programs = [cpu.Program(forward) for _ in range(17)]
+    programs = [Recorded(forward) for _ in range(17)]
     replayed, eager = model.make_cache(512), model.make_cache(512)
     order = [rows for rows in range(1, 17) for _ in range(3)]
     random.Random(0).shuffle(order)
@@ -44,7 +44,7 @@ def test_replayed_logits_are_those_of_the_eager_step(demo, weights: str) -> None
         assert torch.equal(programs[rows](model, inputs.clone(), replayed), expected), (rows, start)
         start += rows
     assert torch.equal(replayed[:, :, :, :, :start], eager[:, :, :, :, :start])
-    assert all(program.complete for program in programs[1:])
+    assert all(program.programs[rows].complete for rows, program in enumerate(programs) if rows)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -69,11 +69,10 @@ def test_any_sequence_of_passes_gives_what_eager_passes_give(seed: int) -> None:
             del engine.ids[keep:]
         count = min(draw.choice([1, 1, 1, 2, 3, 6, 16, 17, 40, 256]), 256 - keep)
         ids = [draw.randrange(300) for _ in range(count)]
-        verify = draw.random() < 0.5 and count <= 16
         if ids:
-            found = [engine.run(ids, sampling, verify) for engine in engines]
-            assert found[0] == found[1], (keep, count, verify)
-    assert any(program.complete for program in pairs[0][0].programs.values())
+            found = [engine.run(ids, sampling) for engine in engines]
+            assert found[0] == found[1], (keep, count)
+    assert any(program.complete for program in pairs[0][0].few.programs.values())
 
 
 @torch.inference_mode()
@@ -82,20 +81,20 @@ def test_results_share_memory_and_a_view_keeps_its_own() -> None:
     args = [replace(ARGS, n_layer=layers) for layers in (2, 6)]
     programs = []
     for model in (random_model(each).bfloat16() for each in args):
-        programs.append(cpu.Program(forward))
+        programs.append(Recorded(forward))
         programs[-1](model, torch.tensor([[1, 2, 3], [0, 1, 2]]), model.make_cache(8))
-    assert len(programs[0].buffers) == len(programs[1].buffers) < 10
+    assert len(programs[0].programs[3].buffers) == len(programs[1].programs[3].buffers) < 10
 
     def with_views(model: Transformer, inputs: Tensor, cache: Tensor) -> Tensor:
         first = forward(model, inputs[:, :1], cache)[0]  # of a tensor that nobody has
         return first + forward(model, inputs[:, 1:], cache)[0]
 
     model = random_model(ARGS).bfloat16()
-    program, caches = cpu.Program(with_views), [model.make_cache(8) for _ in range(2)]
+    program, caches = Recorded(with_views), [model.make_cache(8) for _ in range(2)]
     for position in range(0, 8, 2):
         inputs = torch.tensor([[7 + position, 9], [position, position + 1]])
         assert torch.equal(program(model, inputs, caches[0]), with_views(model, inputs, caches[1]))
-    assert program.complete
+    assert program.programs[2].complete
 
 
 def test_a_step_that_computes_with_pytorch_runs_eagerly_and_gives_the_same() -> None:
@@ -112,13 +111,13 @@ def test_a_step_that_computes_with_pytorch_runs_eagerly_and_gives_the_same() -> 
     }
     for change in changes.values():
         with torch.inference_mode():
-            program = cpu.Program(lambda model, inputs, cache, change=change: change(forward(model, inputs, cache)))
+            program = Recorded(lambda model, inputs, cache, change=change: change(forward(model, inputs, cache)))
             caches = [model.make_cache(8) for _ in range(2)]
             for position in range(6):
                 inputs = torch.tensor([[7 * position], [position]])
                 expected = change(forward(model, inputs, caches[0]))
                 assert torch.equal(program(model, inputs, caches[1]), expected)
-            assert not program.complete
+            assert not program.programs[1].complete
 
 
 @torch.inference_mode()
@@ -132,7 +131,7 @@ def test_a_recording_that_is_interrupted_leaves_nothing() -> None:
             raise KeyboardInterrupt
         return logits
 
-    program, inputs = cpu.Program(breaking), torch.tensor([[7], [0]])
+    program, inputs = Recorded(breaking), torch.tensor([[7], [0]])
     expected, first, second = forward(model, inputs, model.make_cache(8)), model.make_cache(8), model.make_cache(8)
     for cache in (first, second):
         breaks.append("now")
@@ -150,10 +149,10 @@ def test_another_dtype_runs_eagerly(dtype: torch.dtype) -> None:
     engine, eager = new_engine(model), Eager(model, model.make_cache(256))
     prompt, sampling = [5, 7, 9], make_sampling(3, 0.8)
     assert generated(engine, prompt, 30, sampling) == generated(eager, prompt, 30, sampling)
-    assert not any(program.complete for program in engine.programs.values())
+    assert not engine.few.programs
 
 
-def test_compile_has_nothing_to_do_in_bfloat16(demo) -> None:
+def test_compile_has_nothing_to_do_on_a_cpu(demo) -> None:
     """It does not even import the compiler, and the text is the same."""
     code = "import sys, generate; generate.main(); sys.exit('torch._dynamo' in sys.modules)"
     flags = ["--checkpoint_path", demo["target"], "--max_new_tokens", "20", "--device", "cpu"]
@@ -163,15 +162,15 @@ def test_compile_has_nothing_to_do_in_bfloat16(demo) -> None:
     assert run_cli("-c", code, *flags, *guessing).stdout == plain.stdout
 
 
-def test_compile_prefill_compiles_the_prompts_pass_alone_in_bfloat16(demo, monkeypatch, capsys) -> None:
+def test_compile_prefill_compiles_the_prompts_pass_alone_on_a_cpu(demo, monkeypatch, capsys) -> None:
     compiled = []
-    monkeypatch.setattr(Engine, "compile", lambda self, names, sampling: compiled.append(names))
+    monkeypatch.setattr(Engine, "compile", lambda self, few, many, sampling: compiled.append((few, many)))
     flags = ["--checkpoint_path", demo["target"], "--draft_checkpoint_path", demo["draft"], "--max_new_tokens", "2"]
-    for precision, names in (("bfloat16", {"prefill"}), ("float32", {"decode", "verify", "prefill"})):
+    for precision in ("bfloat16", "float32"):
         more = ["--compile", "--compile_prefill", "--precision", precision, "--device", "cpu"]
         monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, flags), *more])
         generate.main()
-        assert set().union(*compiled) == names
+        assert compiled == [(False, True)] * 2
         compiled.clear()
 
 
@@ -266,7 +265,7 @@ def passes(count):
     for _ in range(count):
         del engine.ids[3:]
         engine.run([8], sampling)
-        engine.run([8, 9, 10, 11, 12], sampling, verify=True)
+        engine.run([8, 9, 10, 11, 12], sampling)
 
 passes(300)
 before = memory()

@@ -83,7 +83,7 @@ def engine_of(models: dict[str, Transformer]) -> Callable:
         if key not in made:
             made[key] = new_engine(models[weights])
             if compiled:
-                made[key].compile(["decode", "verify"], make_sampling(1, 0.5, top_k))
+                made[key].compile(True, False, make_sampling(1, 0.5, top_k))
         return made[key]
 
     return make
@@ -188,8 +188,8 @@ def test_nothing_is_compiled_while_decoding(models: dict[str, Transformer]) -> N
 
     torch.compiler.reset()
     engine, draft = new_engine(models["bfloat16"]), new_engine(models["draft"])
-    engine.compile(["decode", "verify"], make_sampling())
-    draft.compile(["decode", "prefill"], make_sampling())
+    engine.compile(True, False, make_sampling())
+    draft.compile(True, True, make_sampling())
     before = counters["stats"]["unique_graphs"]
     for k in (1, 3, 6, 9, 13):
         generated(engine, PROMPT * k, 60, make_sampling(k, 0.8), speculation=Steady(draft.guess, k))

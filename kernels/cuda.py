@@ -1,0 +1,217 @@
+"""Few rows in bfloat16 on CUDA: Triton kernels for products with stored weights and for attention; the captured step.
+
+Row i of many is bit for bit that row alone: it passes through the same instructions, whatever else is in its tile.
+Positions are read on the device, so one CUDA graph of a step holds for all of them.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language import constexpr
+
+from kernels.cpu import Program
+
+TILE = constexpr(8)  # rows of a product: the fewest that the tensor cores take
+HEADS = constexpr(16)  # rows of attention, the same
+BLOCK = constexpr(64)  # positions that are attended to at once
+SPLITS = constexpr(128)  # programs that share out the blocks of a long sequence
+# Triton's interpreter, by which a CPU tests these kernels, does not multiply bfloat16.
+TYPE = constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
+
+
+@triton.jit
+def _halves(words):
+    """The two bfloat16 numbers in each word, the low one first: [G, N, K] words to [G, N, 2 K] numbers."""
+    bits = tl.join((words & 0xFFFF).to(tl.int16), (words >> 16).to(tl.int16))
+    shape: constexpr = (words.shape[0], words.shape[1], 2 * words.shape[2])
+    return tl.reshape(bits, shape).to(tl.bfloat16, bitcast=True).to(TYPE)
+
+
+@triton.jit(do_not_specialize=["rows"])  # the same code for every number of rows
+def _linear(
+    x, weight, scale, minimum, y, rows, n_in, n_out, SIZE: constexpr, ALIGN: constexpr, G: constexpr, N: constexpr
+):
+    """N output channels of TILE rows, by a batch of G products of SIZE input channels each at a time.
+
+    So each warp has products of its own, and int4's scale and minimum multiply the sums of a group in place of its
+    weights: sum x (scale * level + minimum) = scale * sum x (128 + level) + (minimum - 128 scale) * sum x. The bits
+    of 128 + level in bfloat16 are a constant and those of the level.
+    """
+    channel = (tl.program_id(0) * N + tl.arange(0, N))[None, :]
+    row = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    groups = tl.multiple_of(n_in // SIZE, ALIGN)
+    WIDTH: constexpr = SIZE if minimum is None else SIZE // 2
+    sums = tl.zeros([G, N, TILE], tl.float32)
+    for first in tl.range(0, groups, G, num_stages=3):
+        group = first + tl.arange(0, G)[:, None]
+        known = (group < groups) & (channel < n_out)
+        at = channel * groups + group
+        w = tl.load(weight + at[:, :, None] * WIDTH + tl.arange(0, WIDTH), known[:, :, None], 0)
+        at_x = row * n_in + group[:, :, None] * SIZE + tl.arange(0, SIZE)[:, None]
+        v = tl.load(x + at_x, (group[:, :, None] < groups) & (row < rows), 0).to(TYPE)
+        if minimum is not None:
+            step = tl.load(scale + at, known, 0).to(tl.float32)
+            base = tl.load(minimum + at, known, 0).to(tl.float32) - 128 * step
+            pairs = w.to(tl.int32)
+            ones = pairs >> 8 | 0x3F803F80  # no constant: that would be laid out otherwise, and moved in each round
+            sums += tl.dot(_halves(ones), v) * base[:, :, None]
+            sums += tl.dot(_halves(pairs * 0x1001 & 0x000F000F | 0x43004300), v) * step[:, :, None]
+        else:
+            sums = tl.dot(w.to(TYPE), v, sums)
+    out = tl.sum(sums, 0)  # [N, TILE]
+    channel = tl.program_id(0) * N + tl.arange(0, N)[:, None]
+    if minimum is None and scale is not None:
+        out *= tl.load(scale + channel, channel < n_out, 0)
+    tl.store(y + row * n_out + channel, out.to(tl.bfloat16), (row < rows) & (channel < n_out))
+
+
+def linear(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None) -> Tensor:
+    """`kernels.Linear` of contiguous rows x [..., n_in]; n_in is a multiple of 16."""
+    n_in, n_out = x.shape[-1], len(weight)
+    rows = x.numel() // n_in
+    size = math.gcd(n_in, 64) if minimum is None else n_in // minimum.shape[1]
+    y = x.new_empty(*x.shape[:-1], n_out)
+    channels = 16 if n_out <= 8192 else 32  # as many programs as keep a large GPU busy
+    align = math.gcd(n_in // size, 8)  # of the number of groups, by which scales are read several at once
+    grid = triton.cdiv(n_out, channels), triton.cdiv(rows, TILE.value)
+    _linear[grid](x, weight, scale, minimum, y, rows, n_in, n_out, size, align, max(4, 512 // size), channels)
+    return y
+
+
+@triton.jit
+def _turned(x, known, position, frequencies, D: constexpr, WIDE: constexpr):
+    """The `known` ones of the heads [HEADS, WIDE] that begin at `x`, turned to their positions by RoPE in float32."""
+    d = tl.arange(0, WIDE)
+    inside = known[:, None] & (d < D)
+    angle = position[:, None].to(tl.float32) * tl.load(frequencies + d % (D // 2), d < D, 0)
+    here = tl.load(x[:, None] + d, inside, 0).to(tl.float32)
+    there = tl.load(x[:, None] + (d + D // 2) % D, inside, 0).to(tl.float32)
+    there = tl.where(d < D // 2, -there, there)
+    return (here * tl.cos(angle) + there * tl.sin(angle)).to(tl.bfloat16)
+
+
+@triton.jit
+def _update(new, step, frequencies, keys, values, start, end, D: constexpr, WIDE: constexpr):
+    """Write those of the keys at `new` [HEADS], and of the values `step` behind, whose blocks are this program's."""
+    d = tl.arange(0, WIDE)
+    position = start + tl.arange(0, HEADS)
+    mine = (position < end) & (position // BLOCK % SPLITS == tl.program_id(1))
+    at = position[:, None] * D + d
+    inside = mine[:, None] & (d < D)
+    tl.store(keys + at, _turned(new, mine, position, frequencies, D, WIDE), inside)
+    tl.store(values + at, tl.load(new[:, None] + step + d, inside, 0), inside)
+    tl.debug_barrier()  # other threads read next what these have written
+
+
+@triton.jit
+def _online_softmax(q, position, keys, values, end, D: constexpr, WIDE: constexpr):
+    """Attention of q [HEADS, WIDE] to every SPLITS-th block: the mean of its values, the log of the sum of weights.
+
+    https://arxiv.org/abs/2205.14135
+    """
+    d, t = tl.arange(0, WIDE), tl.arange(0, BLOCK)
+    top = tl.full([HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    sums = tl.zeros([HEADS, WIDE], tl.float32)
+    for block in tl.range(tl.program_id(1) * BLOCK, end, SPLITS * BLOCK, num_stages=2):
+        at = (block + t)[:, None] * D + d
+        filled = (block + t < end)[:, None] & (d < D)
+        scores = tl.dot(q, tl.trans(tl.load(keys + at, filled, 0).to(TYPE))) * D**-0.5
+        scores = tl.where(block + t <= position[:, None], scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp(scores - higher[:, None])
+        shrink = tl.exp(top - higher)
+        total = total * shrink + tl.sum(weights, 1)
+        mean = tl.dot(weights.to(tl.bfloat16).to(TYPE), tl.load(values + at, filled, 0).to(TYPE))
+        sums = sums * shrink[:, None] + mean
+        top = higher
+    return sums / total[:, None], top + tl.log(total)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _attend(
+    qkv, rope, input_pos, cache, partial, logs, rows, capacity, D: constexpr, WIDE: constexpr, GROUP: constexpr
+):
+    """One KV head and split, for the GROUP query heads of each row; first its new keys and values."""
+    h, split, n_kv_head = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    start = tl.load(input_pos).to(tl.int32)
+    end = tl.minimum(start + rows, capacity)
+    if split * BLOCK >= end:
+        return
+    n_head = n_kv_head * GROUP
+    width = (n_head + 2 * n_kv_head) * D  # of a row of qkv
+    keys = cache + h * capacity * D
+    values = keys + n_kv_head * capacity * D
+    r, d = tl.arange(0, HEADS), tl.arange(0, WIDE)
+    _update(qkv + r * width + (n_head + h) * D, n_kv_head * D, rope, keys, values, start, end, D, WIDE)
+    for first in range(0, rows * GROUP, HEADS):
+        row = (first + r) // GROUP
+        head = h * GROUP + (first + r) % GROUP
+        q = _turned(qkv + row * width + head * D, row < rows, start + row, rope, D, WIDE)
+        mean, log = _online_softmax(q.to(TYPE), start + row, keys, values, end, D, WIDE)
+        at = (row * n_head + head) * SPLITS + split
+        tl.store(partial + at[:, None] * D + d, mean, (row < rows)[:, None] & (d < D))
+        tl.store(logs + at, log, row < rows)
+
+
+@triton.jit
+def _combine(partial, logs, input_pos, y, n_head, D: constexpr, WIDE: constexpr):
+    """One head of one row: the mean over its splits, up to its own position."""
+    i, split, d = tl.program_id(0), tl.arange(0, SPLITS), tl.arange(0, WIDE)
+    position = tl.load(input_pos).to(tl.int32) + i // n_head
+    used = split <= position // BLOCK
+    at = i * SPLITS + split
+    log = tl.load(logs + at, used, float("-inf"))
+    share = tl.exp(log - tl.max(log, 0))[:, None]
+    parts = tl.load(partial + at[:, None] * D + d, used[:, None] & (d < D), 0)
+    tl.store(y + i * D + d, (tl.sum(parts * share, 0) / tl.sum(share)).to(tl.bfloat16), d < D)
+
+
+def attention(qkv: Tensor, frequencies: Tensor, input_pos: Tensor, cache: Tensor) -> Tensor:
+    """`kernels.attention` of a batch of one, with a contiguous cache."""
+    _, rows, channels = qkv.shape
+    _, _, n_kv_head, capacity, head_dim = cache.shape
+    n_head = channels // head_dim - 2 * n_kv_head
+    wide = max(16, triton.next_power_of_2(head_dim))
+    partial = frequencies.new_empty(rows * n_head, SPLITS.value, head_dim)
+    logs = frequencies.new_empty(rows * n_head, SPLITS.value)
+    y = qkv.new_empty(1, rows, n_head * head_dim)
+    grid = n_kv_head, min(SPLITS.value, triton.cdiv(capacity, BLOCK.value))
+    shape = rows, capacity, head_dim, wide, n_head // n_kv_head
+    _attend[grid](qkv, frequencies, input_pos, cache, partial, logs, *shape, num_warps=8)
+    _combine[rows * n_head,](partial, logs, input_pos, y, n_head, head_dim, wide)
+    return y
+
+
+pool = cache(torch.cuda.graph_pool_handle)  # graphs run one after the other, so they share their memory
+
+
+class Graph(Program):
+    """The same on CUDA, by one graph. https://docs.nvidia.com/cuda, "CUDA Graphs" """
+
+    def record(self, step: Callable[..., Tensor], inputs: Tensor, given: tuple) -> Tensor:
+        """Run the step, in which what is to be compiled is compiled, and capture it."""
+        self.given = given
+        self.inputs = inputs
+        samples = step(given[0], self.inputs, *given[1:])
+        self.graph = torch.cuda.CUDAGraph()
+        self.complete = True
+        try:
+            with torch.cuda.graph(self.graph, pool=pool()):
+                self.samples = step(given[0], self.inputs, *given[1:])
+        except RuntimeError as error:  # a collective of an older NCCL, for example
+            print(f"a step cannot be captured, so decoding is slower: {str(error).splitlines()[0]}", file=sys.stderr)
+            self.complete = False
+        return samples
+
+    def replay(self, inputs: Tensor) -> Tensor:
+        """Launch the graph: the samples, which hold until the next time."""
+        self.inputs.copy_(inputs)
+        self.graph.replay()
+        return self.samples

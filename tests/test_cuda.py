@@ -1,0 +1,557 @@
+"""CUDA: its kernels in Triton's interpreter (on a GPU where there is one), its machine code, its captured step.
+
+What needs a card is marked cuda. The rest shows on a CPU that products and attention are right and that their rows do
+not depend on each other, what the compiler makes of them for four GPUs, and that a captured step asks the host for
+nothing.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import terminal
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, Eager, generated, make_sampling, new_engine, random_model, run_cli
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+import kernels
+from checkpoint import load_model, read_checkpoint
+from generate import Engine, Speculation, prompt_lookup
+from kernels import cpu
+from model import ModelArgs, Transformer
+from quantize import quantize_int4, quantize_int8
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
+
+from kernels import cuda  # noqa: E402
+
+INTERPRETED = triton.knobs.runtime.interpret
+DEVICE = "cpu" if INTERPRETED else "cuda"
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def rounding() -> None:
+    """Triton's interpreter cuts float32 to bfloat16, a GPU rounds to the nearest."""
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def rounded(self, source, kind):
+        if source.dtype.scalar == tl.float32 and kind.scalar == tl.bfloat16:
+            numbers = torch.tensor(source.data).bfloat16().view(torch.uint16)
+            return interpreter.TensorHandle(numbers.numpy(), tl.bfloat16)
+        return cast(self, source, kind)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "cast_impl", rounded)
+        yield
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape) + sum(shape)))
+
+
+# ---- Products
+
+SCHEMES = ["bf16", "int8", "g32", "g64", "g128", "g256"]
+
+
+def stored(n_out: int, n_in: int, scheme: str) -> list[Tensor | None]:
+    """A weight in a stored layout: weight, scale, minimum."""
+    weight = normal(n_out, n_in).to(DEVICE)
+    if scheme == "bf16":
+        return [weight.bfloat16(), None, None]
+    parts = quantize_int8(weight) if scheme == "int8" else quantize_int4(weight, int(scheme[1:]))
+    return [parts.get(name) for name in ("weight", "scale", "minimum")]
+
+
+def check_product(n_out: int, n_in: int, scheme: str, sizes: list[int]) -> None:
+    """Within the rounding of bfloat16 of float64; any rows as those of all sixteen."""
+    weight = stored(n_out, n_in, scheme)
+    x = normal(1, 16, n_in).bfloat16().to(DEVICE)
+    found = cuda.linear(x, *weight)
+    exact = kernels.dequantize(*weight, torch.float32).double()
+    expected = x.double() @ exact.T
+    bound = 2**-8 * (expected.abs() + x.double().abs() @ exact.abs().T / 16)
+    assert ((found.double() - expected).abs() < bound).all()
+    for rows in sizes:
+        for start in {0, 16 - rows, (16 - rows) // 2}:
+            part = x[:, start : start + rows].contiguous()
+            assert torch.equal(cuda.linear(part, *weight), found[:, start : start + rows]), (rows, start)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_products_are_exact_and_their_rows_independent(scheme: str) -> None:
+    """An odd number of output channels, and groups that no whole number of tiles holds."""
+    check_product(33, 768, scheme, [1, 6, 9])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_products_of_every_number_of_rows(scheme: str) -> None:
+    for n_out, n_in in ((48, 256), (100, 768), (17, 1280)):
+        check_product(n_out, n_in, scheme, list(range(1, 17)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["bf16", "int8", "g32"])
+def test_products_of_layers_that_no_power_of_two_divides(scheme: str) -> None:
+    """llama-68m's and Llama-2-13B's feed-forward layers are 3,072 and 13,824 wide; a rank may hold 1,376 of 11,008."""
+    check_product(24, 1376, scheme, [1, 2, 16])
+
+
+# ---- Attention
+
+
+def check_attention(n_head: int, n_kv_head: int, head_dim: int, capacity: int, starts: list[int]) -> None:
+    """Against float32 by PyTorch, with NaN behind the positions; as one call of many rows or as many of few."""
+    frequencies = kernels.rope_frequencies(head_dim, 10000.0, 1.0).to(DEVICE)
+    for start in starts:
+        past = normal(2, 1, n_kv_head, capacity, head_dim).bfloat16().to(DEVICE)
+        past[:, :, :, start:] = torch.nan
+        rows = min(16, capacity - start)
+        positions = torch.arange(start, start + rows, device=DEVICE)
+        qkv = normal(1, rows, (n_head + 2 * n_kv_head) * head_dim).bfloat16().to(DEVICE)
+        cache, reference = past.clone(), past.float()
+        found = cuda.attention(qkv, frequencies, positions, cache)
+        expected = kernels._attention(qkv.float(), frequencies, positions, reference)
+        assert (found.float() - expected).abs().max() < 0.02
+        end = start + rows
+        assert torch.equal(cache[1, :, :, :end], reference[1, :, :, :end].bfloat16())
+        assert (cache[0, :, :, :end].float() - reference[0, :, :, :end]).abs().max() < 0.03
+        assert cache[:, :, :, end:].isnan().all()
+        for size in (1, 6):
+            again, parts = past.clone(), []
+            for first in range(0, rows - size + 1, size):
+                some = slice(first, first + size)
+                parts.append(cuda.attention(qkv[:, some].contiguous(), frequencies, positions[some], again))
+            together = torch.cat(parts, dim=1)
+            assert torch.equal(together, found[:, : together.shape[1]]), (start, size)
+
+
+HEADS = {"multi-head": (2, 2, 64), "four to one": (4, 1, 128), "eight to one": (8, 1, 64), "of 80": (1, 1, 80)}
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
+def test_attention_is_exact_and_its_rows_independent(heads: tuple) -> None:
+    """From the first position on, across a border between blocks, and up to the last position."""
+    check_attention(*heads, 140, [0, 55, 124])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", [*HEADS.values(), (2, 1, 96), (2, 1, 48), (1, 1, 256)])
+def test_attention_at_every_border(heads: tuple) -> None:
+    check_attention(*heads, 200, [1, 48, 49, 63, 64, 100, 128, 184, 199])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a constant of the compiled kernels")
+def test_attention_of_more_blocks_than_splits(monkeypatch) -> None:
+    """Each split then goes over several blocks, which are more and more positions apart."""
+    monkeypatch.setattr(cuda, "SPLITS", tl.constexpr(2))
+    check_attention(4, 1, 64, 400, [0, 120, 250, 384])
+
+
+# ---- The step, captured
+
+ARGS = ModelArgs(32, 1, 2, 1, 16, 32, 48, 1e-5, 10000.0, 1.0, 64)  # an interpreter is slow
+aten = torch.ops.aten
+WAITS = {aten._local_scalar_dense.default, aten.item.default, aten.nonzero.default, aten.is_nonzero.default}
+WAITS |= {aten.equal.default, aten.masked_select.default}
+
+
+class Capture(TorchDispatchMode):
+    """What torch.cuda.graph does, of PyTorch's operators and Triton's launches on a CPU.
+
+    Both are noted with the tensors that they had, and repeated on these. What would make the host wait is refused.
+    """
+
+    now: list["Capture"] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator in WAITS:
+            raise RuntimeError(f"{operator} makes the host wait")
+        kwargs = kwargs or {}
+        out = operator(*args, **kwargs)
+        if operator.namespace != "llama":  # inside these, operators and launches are noted
+            self.calls.append((operator, args, kwargs, out))
+        return out
+
+    def replay(self) -> None:
+        for call, args, kwargs, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(call(*args, **kwargs)), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class Launched:
+    """A kernel whose launches are noted while something is captured."""
+
+    def __init__(self, kernel) -> None:
+        self.kernel = kernel
+        self.count = 0
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs) -> None:
+            self.count += 1
+            with _disable_current_modes():  # the interpreter uses PyTorch, too
+                self.kernel[grid](*args, **kwargs)
+            if Capture.now:
+                Capture.now[0].calls.append((self.kernel[grid], args, kwargs, None))
+
+        return launch
+
+
+@contextmanager
+def capturing(graph: Capture, pool: object):
+    Capture.now.append(graph)
+    try:
+        with graph:
+            yield
+    finally:
+        Capture.now.pop()
+
+
+@pytest.fixture
+def like_cuda(monkeypatch) -> dict[str, Launched]:
+    """CPU tensors take the path of CUDA: its kernels, interpreted, and its captured step. The kernels, by name."""
+    if not INTERPRETED:
+        pytest.skip("the path itself is tested where there is a GPU")
+
+    def on_cuda(x: Tensor):
+        return cuda if x.dtype == torch.bfloat16 and x.numel() <= cpu.MAX_ROWS * x.shape[-1] else None
+
+    def opened(operator):
+        """The operator's Python, in which a capture sees every call."""
+        return lambda *args: operator(*args)
+
+    monkeypatch.setattr(kernels, "on_cuda", on_cuda)
+    monkeypatch.setattr(cpu, "takes_rows", lambda x: False)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Capture)
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    monkeypatch.setattr(cuda, "pool", lambda: None)
+    launched = {name: Launched(getattr(cuda, name)) for name in ("_linear", "_attend", "_combine")}
+    for name, kernel in launched.items():
+        monkeypatch.setattr(cuda, name, kernel)
+    monkeypatch.setattr(torch.ops.llama, "linear", opened(kernels._linear))
+    monkeypatch.setattr(torch.ops.llama, "attention", opened(kernels._attention))
+    return launched
+
+
+def bfloat16_model(spread: float = 0.3) -> Transformer:
+    return random_model(ARGS, spread).bfloat16()
+
+
+@pytest.mark.parametrize("temperature", [0.0, pytest.param(0.8, marks=pytest.mark.slow)])
+def test_a_captured_step_gives_what_the_step_gives(like_cuda, temperature: float) -> None:
+    """Token by token, and with right and wrong guesses; the host waits for nothing in between."""
+    model, sampling = bfloat16_model(), make_sampling(3, temperature)
+    prompt = [5, 7, 9]
+    expected = generated(Eager(model, model.make_cache(64)), prompt, 8, sampling)
+    engine = new_engine(model)
+    for _ in range(2):  # the second time nothing is captured any more
+        assert generated(engine, prompt, 8, sampling) == expected
+    speculation = Speculation(lambda ids, count, sampling: [*(prompt + expected)[len(ids) :][: count - 1], 0], 3)
+    speculation.choose = lambda room: min(room, 3)
+    assert generated(engine, prompt, 8, sampling, speculation=speculation) == expected
+    assert {accepted for _, accepted in speculation.rounds} >= {0, 2}
+    assert all(isinstance(program, cuda.Graph) and program.complete for program in engine.few.programs.values())
+
+
+@pytest.mark.slow
+def test_a_draft_is_captured_too(like_cuda) -> None:
+    """Its guesses are those of one that runs as it is."""
+    model, sampling = bfloat16_model(), make_sampling(3, 0.8)
+    draft, eager = new_engine(model), Eager(model, model.make_cache(64))
+    for ids in ([5, 7, 9], [5, 7, 9, 11, 2]):
+        assert draft.guess(ids, 4, sampling) == eager.guess(ids, 4, sampling)
+
+
+def test_a_step_launches_four_products_and_two_kernels_of_attention_a_layer(like_cuda) -> None:
+    model = bfloat16_model()
+    model(torch.tensor([[3, 4]]), torch.tensor([0, 1]), model.make_cache(8))
+    counts = {name: kernel.count for name, kernel in like_cuda.items()}
+    assert counts == {"_linear": 4 * ARGS.n_layer + 1, "_attend": ARGS.n_layer, "_combine": ARGS.n_layer}
+
+
+def test_what_cannot_be_captured_runs_as_it_is(like_cuda, monkeypatch, capsys) -> None:
+    """It says so once for each number of rows, and the text is the same."""
+    model = bfloat16_model()
+    expected = generated(Eager(model, model.make_cache(64)), [5, 7, 9], 3, make_sampling())
+    monkeypatch.setitem(globals(), "WAITS", {aten.embedding.default})
+    engine = new_engine(model)
+    assert generated(engine, [5, 7, 9], 3, make_sampling()) == expected
+    assert [program.complete for program in engine.few.programs.values()] == [False, False]
+    assert capsys.readouterr().err.count("a step cannot be captured, so decoding is slower: aten.embedding") == 2
+
+
+def test_a_draft_waits_for_the_device_twice(monkeypatch) -> None:
+    """For the token after what it has missed, and for all others together."""
+    model, waits = random_model(ARGS), []
+    engine = new_engine(model)
+    read = engine.read
+    monkeypatch.setattr(engine, "read", lambda samples: waits.append(1) or read(samples))
+    guesses = engine.guess([5, 7, 9], 6, make_sampling())
+    assert len(guesses) == 6 and len(waits) == 2
+    assert guesses == generated(new_engine(model), [5, 7, 9], 6, make_sampling())
+
+
+def test_a_draft_whose_numbers_are_not_finite_is_told(demo) -> None:
+    model = random_model(ARGS)
+    model.norm.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        new_engine(model).guess([5, 7, 9], 4, make_sampling())
+
+
+# ---- Whether there are kernels
+
+
+def test_without_kernels_one_line_says_what_it_costs(monkeypatch, capsys) -> None:
+    """Another dtype, no Triton, an older GPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    cases = [(torch.bfloat16, True, (7, 5)), (torch.bfloat16, None, (9, 0)), (torch.float32, True, (9, 0))]
+    for dtype, spec, capability in cases:
+        kernels.has_cuda_kernels.cache_clear()
+        monkeypatch.setattr(kernels, "find_spec", lambda name, spec=spec: spec)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert [kernels.has_cuda_kernels(dtype) for _ in range(2)] == [False, False]
+        told = f"no CUDA kernels for {dtype}, so decoding is several times slower"
+        assert capsys.readouterr().err.splitlines()[0].startswith(told)
+    kernels.has_cuda_kernels.cache_clear()
+    monkeypatch.setattr(kernels, "find_spec", lambda name: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert kernels.has_cuda_kernels(torch.bfloat16)
+    kernels.has_cuda_kernels.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might be",
+        "CUDA error: all CUDA-capable devices are busy or unavailable\nFor debugging consider",
+        "Unexpected error from cudaGetDeviceCount(). CUDA driver version is insufficient",
+    ],
+)
+def test_an_error_of_cuda_is_one_line(said: str, capsys) -> None:
+    def main() -> None:
+        raise RuntimeError(said)
+
+    assert terminal.status_of(main, sys.stderr) == 1
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and told.startswith("the GPU or its driver failed, or is busy: ")
+
+
+# ---- Machine code
+
+COMPILE = """
+import json, os, re, subprocess, sys, tempfile
+import torch, triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kernels import cuda
+
+PTXAS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
+TYPES = {torch.bfloat16: "*bf16", torch.int8: "*i8", torch.uint8: "*u8", torch.float32: "*fp32", torch.int64: "*i64"}
+launches = []
+
+class Spy:
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return lambda *args, num_warps=4: launches.append((self.kernel, args, num_warps))
+
+def compile(kernel, args, warps, arch):
+    signature, constants, aligned = {}, {}, {}
+    for i, (parameter, value) in enumerate(zip(kernel.params, args)):
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name], aligned[(i,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "i32"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                aligned[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+    with tempfile.TemporaryDirectory() as folder:
+        open(f"{folder}/k.ptx", "w").write(made.asm["ptx"])
+        name = re.search(r"\\.target (\\w+)", made.asm["ptx"]).group(1)
+        command = [PTXAS, "-v", "--gpu-name", name, f"{folder}/k.ptx", "-o", f"{folder}/k.o"]
+        said = subprocess.run(command, capture_output=True, text=True).stderr
+    return {
+        "registers": int(re.search(r"Used (\\d+) registers", said).group(1)),
+        "spilled": sum(map(int, re.findall(r"(\\d+) bytes spill", said))),
+        "shared": made.metadata.shared,
+        "loads": re.findall(r"cp\\.async\\.\\w+\\.shared\\.global.*?(0x\\w+), ", made.asm["ptx"]),
+    }
+
+for name in ("_linear", "_attend", "_combine"):
+    setattr(cuda, name, Spy(getattr(cuda, name)))
+labels = []
+for scheme, n_out in SHAPES:
+    n_in = 4096
+    x = torch.zeros(1, 6, n_in, dtype=torch.bfloat16)
+    scale = minimum = None
+    if scheme == "bf16":
+        weight = torch.zeros(n_out, n_in, dtype=torch.bfloat16)
+    elif scheme == "int8":
+        weight, scale = torch.zeros(n_out, n_in, dtype=torch.int8), torch.zeros(n_out)
+    else:
+        weight = torch.zeros(n_out, n_in // 2, dtype=torch.uint8)
+        scale = minimum = torch.zeros(n_out, n_in // int(scheme[1:]), dtype=torch.bfloat16)
+    cuda.linear(x, weight, scale, minimum)
+    labels.append(f"{scheme} {n_out}")
+for n_head, n_kv_head, head_dim in HEADS:
+    qkv = torch.zeros(1, 6, (n_head + 2 * n_kv_head) * head_dim, dtype=torch.bfloat16)
+    cache = torch.zeros(2, 1, n_kv_head, 4096, head_dim, dtype=torch.bfloat16)
+    cuda.attention(qkv, torch.zeros(head_dim // 2), torch.zeros(6, dtype=torch.int64), cache)
+    labels += [f"attend {n_head}/{n_kv_head} of {head_dim}", f"combine {head_dim}"]
+print(json.dumps({label: compile(*each, ARCH) for label, each in zip(labels, launches)}))
+"""
+LIMITS = {"registers": 170, "spilled": 0, "shared": 100 * 1024}
+
+
+def machine_code(arch: int, shapes: list[tuple[str, int]], heads: list[tuple[int, int, int]]) -> dict[str, dict]:
+    """What Triton and ptxas make of the kernels as they are launched for these shapes: figures by name."""
+    code = f"ARCH, SHAPES, HEADS = {arch}, {shapes}, {heads}\n{COMPILE}"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def check_machine_code(found: dict[str, dict]) -> None:
+    for name, figures in found.items():
+        assert all(figures[limit] <= LIMITS[limit] for limit in LIMITS), (name, figures)
+        if not name.startswith(("combine", "attend")):
+            scales = {"0x8", "0x4"} if name.startswith("g") else set()
+            assert "0x10" in figures["loads"] and set(figures["loads"]) <= scales | {"0x10"}, (name, figures)
+
+
+def test_machine_code_of_the_kernels() -> None:
+    """For an H100: no spills, registers and shared memory for several blocks a processor, weights read by 16 bytes."""
+    check_machine_code(machine_code(90, [("bf16", 4096), ("int8", 4096), ("g32", 4096)], [(32, 32, 128)]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 89, 90, 100])
+def test_machine_code_for_every_gpu(arch: int) -> None:
+    """A100, L4 and RTX 40, H100, B200."""
+    shapes = [(scheme, n_out) for scheme in SCHEMES for n_out in (4096, 22016)]
+    check_machine_code(machine_code(arch, shapes, [(32, 32, 128), (32, 8, 128), (32, 4, 64), (32, 32, 80)]))
+
+
+# ---- On a card
+
+
+def on_card(path: Path, dtype: torch.dtype) -> Engine:
+    return new_engine(load_model(read_checkpoint(path), "cuda", dtype))
+
+
+def sampled(seed: int, temperature: float):
+    sampling = make_sampling(seed, temperature)
+    sampling.seed, sampling.temperature = sampling.seed.cuda(), sampling.temperature.cuda()
+    return sampling
+
+
+PROMPT = [1, 350, 17, 900, 44, 3, 1200]
+
+
+@needs_cuda
+@pytest.mark.cuda
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_float32_gives_the_text_of_a_cpu(demo, target, temperature: float) -> None:
+    expected = generated(new_engine(target), PROMPT, 60, make_sampling(3, temperature))
+    assert generated(on_card(demo["target"], torch.float32), PROMPT, 60, sampled(3, temperature)) == expected
+
+
+@needs_cuda
+@pytest.mark.cuda
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("weights", ["target", "int8", "int4"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_speculation_is_exact_in_bfloat16(demo, weights: str, temperature: float, compiled: bool) -> None:
+    """With a draft and with the text's own words, whatever number of rows is verified."""
+    engine, sampling = on_card(demo[weights], torch.bfloat16), sampled(3, temperature)
+    draft = on_card(demo["draft"], torch.bfloat16)
+    if compiled:
+        for each in (engine, draft):
+            each.compile(True, True, sampling)
+    expected = generated(engine, PROMPT * 3, 60, sampling)
+    for guess in (draft.guess, prompt_lookup):
+        for count in (1, 3, 6, 15):
+            speculation = Speculation(guess, count)
+            speculation.choose = lambda room, count=count: min(room, count)
+            assert generated(engine, PROMPT * 3, 60, sampling, speculation=speculation) == expected
+
+
+@needs_cuda
+@pytest.mark.cuda
+@torch.inference_mode()
+def test_every_number_of_rows_is_captured_and_gives_what_the_step_gives(demo) -> None:
+    engine, sampling = on_card(demo["target"], torch.bfloat16), sampled(3, 0.8)
+    eager = Eager(engine.model, engine.model.make_cache(1024))
+    for rows in range(1, 17):
+        for _ in range(3):
+            ids = [(7 * rows + len(engine.ids) + i) % 2000 + 3 for i in range(rows)]
+            positions = torch.arange(len(engine.ids), len(engine.ids) + rows)
+            inputs = torch.stack([torch.tensor(ids), positions]).cuda()
+            assert engine.run(ids, sampling) == eager.launch(inputs, sampling).tolist()
+    assert all(engine.few.programs[rows].complete for rows in range(1, 17))
+
+
+@needs_cuda
+@pytest.mark.cuda
+def test_a_prefix_is_reused_in_memory(demo) -> None:
+    engine, sampling = on_card(demo["target"], torch.bfloat16), sampled(3, 0.0)
+    generated(engine, PROMPT * 10, 5, sampling)
+    engine.rewind(PROMPT * 10 + [9, 8, 7])
+    assert len(engine.ids) == len(PROMPT * 10)
+
+
+@needs_cuda
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    "more", [[], ["--compile"], ["--compile", "--compile_prefill"]], ids=lambda more: " ".join(more)
+)
+def test_the_command_line_on_a_card(demo, more: list[str]) -> None:
+    for script in ("generate.py", "generate_prefill.py"):
+        done = run_cli(
+            script, "--checkpoint_path", demo["int4"], "--device", "cuda", "--prompt", "def read_file(", *more
+        )
+        assert done.stdout and re.search(r"Peak memory: [\d.]+ GB \(CUDA\)", done.stderr)
+
+
+@needs_cuda
+@pytest.mark.cuda
+def test_quantizing_on_a_card_gives_what_a_cpu_gives(demo, tmp_path: Path) -> None:
+    for scheme in ("int8", "g32"):
+        weight = normal(96, 512)
+        for ours, theirs in zip(stored(96, 512, scheme), stored(96, 512, scheme), strict=True):
+            assert ours is theirs is None or torch.equal(ours, theirs)
+        found = quantize_int8(weight.cuda()) if scheme == "int8" else quantize_int4(weight.cuda(), 32)
+        expected = quantize_int8(weight) if scheme == "int8" else quantize_int4(weight, 32)
+        for name, part in expected.items():
+            assert (found[name].cpu().float() - part.float()).abs().mean() < 1e-3
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.cuda
+def test_two_ranks_on_two_cards(demo) -> None:
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "generate.py", "--device", "cuda"]
+    flags = ["--checkpoint_path", demo["target"], "--precision", "float32", "--prompt", "def read_file("]
+    alone = run_cli("generate.py", "--device", "cuda", *flags)
+    assert run_cli(*command, *flags).stdout == alone.stdout
