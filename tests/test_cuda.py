@@ -128,7 +128,7 @@ def check_attention(n_head: int, n_kv_head: int, head_dim: int, capacity: int, s
         assert torch.equal(cache[1, :, :, :end], reference[1, :, :, :end].bfloat16())
         assert (cache[0, :, :, :end].float() - reference[0, :, :, :end]).abs().max() < 0.03
         assert cache[:, :, :, end:].isnan().all()
-        for size in (1, 6):
+        for size in {1, min(6, rows)}:
             again, parts = past.clone(), []
             for first in range(0, rows - size + 1, size):
                 some = slice(first, first + size)
@@ -142,21 +142,21 @@ HEADS = {"multi-head": (2, 2, 64), "four to one": (4, 1, 128), "eight to one": (
 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
 def test_attention_is_exact_and_its_rows_independent(heads: tuple) -> None:
-    """From the first position on, across a border between blocks, and up to the last position."""
-    check_attention(*heads, 140, [0, 55, 124])
+    """Across a border between blocks, and up to the last position."""
+    check_attention(*heads, 70, [54])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("heads", [*HEADS.values(), (2, 1, 96), (2, 1, 48), (1, 1, 256)])
 def test_attention_at_every_border(heads: tuple) -> None:
-    check_attention(*heads, 200, [1, 48, 49, 63, 64, 100, 128, 184, 199])
+    check_attention(*heads, 200, [0, 1, 48, 49, 63, 64, 100, 128, 184, 199])
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a constant of the compiled kernels")
 def test_attention_of_more_blocks_than_splits(monkeypatch) -> None:
     """Each split then goes over several blocks, which are more and more positions apart."""
     monkeypatch.setattr(cuda, "SPLITS", tl.constexpr(2))
-    check_attention(4, 1, 64, 400, [0, 120, 250, 384])
+    check_attention(2, 1, 32, 400, [0, 250])
 
 
 # ---- The step, captured
@@ -362,7 +362,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from kernels import cuda
 
-PTXAS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
+TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 TYPES = {torch.bfloat16: "*bf16", torch.int8: "*i8", torch.uint8: "*u8", torch.float32: "*fp32", torch.int64: "*i64"}
 launches = []
 
@@ -389,7 +389,8 @@ def compile(kernel, args, warps, arch):
     with tempfile.TemporaryDirectory() as folder:
         open(f"{folder}/k.ptx", "w").write(made.asm["ptx"])
         name = re.search(r"\\.target (\\w+)", made.asm["ptx"]).group(1)
-        command = [PTXAS, "-v", "--gpu-name", name, f"{folder}/k.ptx", "-o", f"{folder}/k.o"]
+        ptxas = os.path.join(TOOLS, "ptxas-blackwell" if arch >= 100 else "ptxas")
+        command = [ptxas, "-v", "--gpu-name", name, f"{folder}/k.ptx", "-o", f"{folder}/k.o"]
         said = subprocess.run(command, capture_output=True, text=True).stderr
     return {
         "registers": int(re.search(r"Used (\\d+) registers", said).group(1)),
