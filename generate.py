@@ -282,7 +282,7 @@ class Session:
             for engine in self.engines if few or self.args.compile_prefill else []:
                 engine.compile(few, self.args.compile_prefill, self.sampling)
         except torch._dynamo.exc.TorchDynamoException as error:
-            raise ValueError(f"--compile: {str(error).splitlines()[0]}: mend that, or do without --compile") from error
+            raise ValueError(f"--compile_prefill: {str(error).splitlines()[0]}: mend that, or do without it") from error
         print(f"Compile time: {time.perf_counter() - start:.3f} s", file=sys.stderr)
 
     def conversation(self) -> Conversation:

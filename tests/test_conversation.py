@@ -357,6 +357,7 @@ def test_piped_lines_are_answered_on_stdout_and_nothing_else_there(
     assert done.stderr.decode().count("Prompt tokens") == 1  # statistics only where they were asked for
 
 
+@pytest.mark.slow
 def test_prefixes_of_a_conversation_outlive_the_process(chat: dict[str, Path], tmp_path: Path) -> None:
     """generate_prefill.py --interactive finds in the second run what the first one computed."""
     said = "a long line that fills some blocks of sixteen tokens each, for example this one, read_file\n/stats\n"

@@ -77,6 +77,7 @@ def reference_hash(x: int) -> int:
     return x ^ (x >> 16)
 
 
+@pytest.mark.slow
 def test_hash_is_bit_equal_eager_compiled_and_in_python() -> None:
     x = torch.randint(-(2**31), 2**31, (4096,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
     expected = [reference_hash(value & 0xFFFFFFFF) for value in x.tolist()]
@@ -309,6 +310,7 @@ def test_stdout_has_the_text_and_stderr_the_statistics(demo, more: dict[str, str
     assert all(re.fullmatch(pattern, lines[name]) for name, pattern in patterns.items())
 
 
+@pytest.mark.slow
 def test_sample_i_is_the_answer_of_seed_plus_i(demo) -> None:
     flags = ["--checkpoint_path", demo["target"], "--max_new_tokens", "20", "--precision", "float32"]
     both = run_cli("generate.py", *flags, "--seed", "5", "--num_samples", "2")

@@ -490,6 +490,7 @@ def test_speculation_and_samples_work_here_too(demo: dict[str, Path], tmp_path: 
             assert run_main(*flags, "--cache_dir", tmp_path / "prefixes", *more)[0] == expected
 
 
+@pytest.mark.slow
 def test_a_full_disk_or_an_impossible_folder_costs_one_line(demo: dict[str, Path], tmp_path: Path) -> None:
     command = f"{sys.executable} generate_prefill.py --checkpoint_path {demo['target']} --max_new_tokens 4"
     expected = subprocess.run(f"{command} --no_cache", shell=True, cwd=ROOT, capture_output=True, text=True)

@@ -206,8 +206,13 @@ def assert_one_line(result: subprocess.CompletedProcess, says: str) -> None:
 
 @pytest.mark.parametrize(
     "offered, taken",
-    [(WHOLE, WHOLE), (SHARDS, SHARDS), (WHOLE_BIN, WHOLE_BIN), (BIN_SHARDS, BIN_SHARDS), (WHOLE | BIN_SHARDS, WHOLE)],
-    ids=["safetensors", "shards", "bin", "bin shards", "both"],
+    [
+        pytest.param(WHOLE, WHOLE, id="safetensors", marks=pytest.mark.slow),
+        pytest.param(SHARDS, SHARDS, id="shards", marks=pytest.mark.slow),
+        pytest.param(WHOLE_BIN, WHOLE_BIN, id="bin", marks=pytest.mark.slow),
+        pytest.param(BIN_SHARDS, BIN_SHARDS, id="bin shards"),
+        pytest.param(WHOLE | BIN_SHARDS, WHOLE, id="both"),
+    ],
 )
 def test_one_format_of_weights_is_fetched_and_nothing_that_is_not_read(
     hub: Hub, prepare: Callable, project: Path, offered: dict, taken: dict
@@ -285,6 +290,7 @@ def test_no_network_is_one_line(prepare: Callable, environment: dict, says: str)
     assert_one_line(prepare(REPO, **environment), f"{REPO} was not downloaded ( ... {says} ... the network, then again")
 
 
+@pytest.mark.slow
 def test_what_was_whole_when_the_connection_was_lost_is_not_fetched_again(
     hub: Hub, prepare: Callable, project: Path
 ) -> None:
@@ -305,6 +311,7 @@ def test_what_was_whole_when_the_connection_was_lost_is_not_fetched_again(
     assert hub.fetched == [LAST_SHARD, f"{LAST_SHARD} from byte {CHUNK}"]
 
 
+@pytest.mark.slow
 def test_links_in_the_way(hub: Hub, prepare: Callable, project: Path, tmp_path: Path) -> None:
     """HF_HOME, checkpoints/ and the project are links to folders elsewhere; weights in both formats, with an index."""
     hub.files = TEXTS | SHARDS | BIN_SHARDS

@@ -152,6 +152,7 @@ def test_another_dtype_runs_eagerly(dtype: torch.dtype) -> None:
     assert not engine.few.programs
 
 
+@pytest.mark.slow
 def test_compile_has_nothing_to_do_on_a_cpu(demo) -> None:
     """It does not even import the compiler, and the text is the same."""
     code = "import sys, generate; generate.main(); sys.exit('torch._dynamo' in sys.modules)"
@@ -205,6 +206,7 @@ def child(code: str, threads: int, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_as_many_threads_as_asked_for() -> None:
     """One starts none, n start n - 1, and fewer later on leave the others asleep."""
     code = """

@@ -297,6 +297,7 @@ def test_what_a_draft_has_missed_is_not_taken_for_the_cost_of_a_guess(target: Tr
 # ---- The command line
 
 
+@pytest.mark.slow
 def test_the_command_line_gives_the_same_text_and_says_what_was_accepted(demo: dict[str, Path]) -> None:
     """In float32 and in bfloat16, where every pass takes the kernels."""
     flags = ["--checkpoint_path", demo["target"], "--max_new_tokens", 50, "--prompt", "def read_file(", "--ignore_eos"]
@@ -312,6 +313,7 @@ def test_the_command_line_gives_the_same_text_and_says_what_was_accepted(demo: d
             assert passes <= tokens <= passes + accepted
 
 
+@pytest.mark.slow
 def test_another_vocabulary_is_refused_and_other_notes_in_the_tokenizer_are_not(demo, tmp_path: Path) -> None:
     """The pieces are compared: a byte string behind them (protobuf's field 2, 6: the trainer's prefix) is not one."""
     content = torch.load(demo["draft"], weights_only=True)
@@ -330,6 +332,7 @@ def test_another_vocabulary_is_refused_and_other_notes_in_the_tokenizer_are_not(
     assert "another vocabulary" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_draft_whose_embeddings_are_padded_serves(demo, tmp_path: Path) -> None:
     """What both models have a text for is enough: 2,048 and 2,064 embeddings, of which the last 16 would win."""
     content = torch.load(demo["draft"], weights_only=True)
