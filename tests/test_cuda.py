@@ -307,11 +307,20 @@ def test_a_draft_waits_for_the_device_twice(monkeypatch) -> None:
     assert guesses == generated(new_engine(model), [5, 7, 9], 6, make_sampling())
 
 
-def test_a_draft_whose_numbers_are_not_finite_is_told(demo) -> None:
-    model = random_model(ARGS)
-    model.norm.weight.fill_(torch.nan)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_draft_whose_numbers_are_not_finite_is_told(dtype: torch.dtype, monkeypatch) -> None:
+    """Also where that begins in between, when the device would go on with a sample that is no token."""
+    engine = new_engine(random_model(ARGS).to(dtype))
+    extend = engine.extend
+
+    def extend_and_break(ids: list[int], sampling) -> list[int]:
+        first = extend(ids, sampling)
+        engine.model.norm.weight.fill_(torch.nan)
+        return first
+
+    monkeypatch.setattr(engine, "extend", extend_and_break)
     with pytest.raises(ValueError, match="not finite"):
-        new_engine(model).guess([5, 7, 9], 4, make_sampling())
+        engine.guess([5, 7, 9], 4, make_sampling())
 
 
 # ---- Whether there are kernels
