@@ -185,8 +185,9 @@ class Speculation:
         """Note the tokens and the seconds of a pass with `tried` guesses."""
         self.rounds.append((tried, accepted))
         self.trials[tried] += 1
-        self.tokens[tried] = self.DECAY * self.tokens[tried] + accepted + 1
-        self.seconds[tried] = self.DECAY * self.seconds[tried] + seconds
+        decay = 0.0 if self.trials[tried] == 2 else self.DECAY  # the first pass may have been recorded: it is forgotten
+        self.tokens[tried] = decay * self.tokens[tried] + accepted + 1
+        self.seconds[tried] = decay * self.seconds[tried] + seconds
 
     def advance(self, engine: Engine, ids: list[int], room: int, sampling: Sampling) -> list[int]:
         """The tokens that follow `ids`: one, and of at most `room` guesses those that stand, in one pass."""
@@ -282,7 +283,7 @@ class Session:
             for engine in self.engines if few or self.args.compile_prefill else []:
                 engine.compile(few, self.args.compile_prefill, self.sampling)
         except torch._dynamo.exc.TorchDynamoException as error:
-            raise ValueError(f"--compile_prefill: {str(error).splitlines()[0]}: mend that, or do without it") from error
+            raise ValueError(f"torch.compile: {str(error).splitlines()[0]}: do without --compile[_prefill]") from error
         print(f"Compile time: {time.perf_counter() - start:.3f} s", file=sys.stderr)
 
     def conversation(self) -> Conversation:

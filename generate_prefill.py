@@ -113,8 +113,8 @@ class CachedEngine(Engine):
 
     def blocks(self, ids: list[int]) -> Iterator[tuple[int, str, Tensor]]:
         """For each whole block of `ids`: its begin, its name, and its part [n_layer, 2, n_kv_head, BLOCK, head_dim]."""
-        made_by = self.checkpoint.header["id"], self.checkpoint.args, self.cache.dtype, self.cache.device.type
-        name = f"{made_by} {tp.ranks()}"
+        model, cache = self.checkpoint, self.cache
+        name = f"{model.header['id']} {model.args} {cache.dtype} {cache.device.type} {tp.ranks()}"
         for start in range(0, len(ids) - BLOCK + 1, BLOCK):
             name = hashlib.sha256(f"{name} {ids[start : start + BLOCK]}".encode()).hexdigest()
             yield start, f"{name}.kv", self.cache[:, :, 0, :, start : start + BLOCK]

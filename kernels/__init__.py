@@ -7,7 +7,6 @@ operators.
 import sys
 from collections.abc import Callable
 from functools import cache
-from importlib.util import find_spec
 from operator import is_not
 from types import ModuleType
 
@@ -86,22 +85,26 @@ def dequantize(weight: Tensor, scale: Tensor | None, minimum: Tensor | None, dty
 
 
 @cache
-def has_cuda_kernels(dtype: torch.dtype) -> bool:
-    """Whether the GPU runs kernels/cuda.py for rows of `dtype`; a line on stderr where not."""
-    if dtype == torch.bfloat16 and find_spec("triton") and torch.cuda.get_device_capability() >= (8, 0):
-        return True
-    needs = "they take bfloat16, Triton, and a GPU of compute capability 8.0"
-    print(f"no CUDA kernels for {dtype}, so decoding is several times slower: {needs}", file=sys.stderr)
-    return False
+def cuda_kernels(dtype: torch.dtype) -> ModuleType | None:
+    """kernels/cuda.py where the GPU runs it for rows of `dtype`; None, with a line on stderr, where not."""
+    reason = "they take bfloat16, and a GPU of compute capability 8.0"
+    try:
+        from kernels import cuda  # noqa: PLC0415  Triton may be absent
+
+        if dtype == torch.bfloat16 and torch.cuda.get_device_capability() >= (8, 0):
+            weight = torch.zeros(16, 32, dtype=dtype, device="cuda")
+            cuda.linear(weight[:1], weight, None, None)
+            return cuda
+    except Exception as error:  # Triton also wants a C compiler, Python's headers and the driver, each in its own way
+        reason = str(error).partition("\n")[0]
+    print(f"no CUDA kernels for {dtype}, so decoding is several times slower: {reason}", file=sys.stderr)
+    return None
 
 
 def on_cuda(x: Tensor) -> ModuleType | None:
     """kernels/cuda.py where it takes the rows of x [..., channels]; None where PyTorch's operators do."""
-    if not x.is_cuda or x.numel() > cpu.MAX_ROWS * x.shape[-1] or not has_cuda_kernels(x.dtype):
-        return None
-    from kernels import cuda  # noqa: PLC0415  Triton may be absent
-
-    return cuda
+    few = x.is_cuda and x.numel() <= cpu.MAX_ROWS * x.shape[-1]
+    return cuda_kernels(x.dtype) if few else None
 
 
 def new_program(x: Tensor) -> cpu.Program | None:
@@ -168,9 +171,9 @@ def _linear(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | N
 def _attention(qkv: Tensor, frequencies: Tensor, input_pos: Tensor, cache: Tensor) -> Tensor:
     """The operator llama.attention."""
     batch, rows, channels = qkv.shape
-    if (cuda := on_cuda(qkv)) and batch == 1 and cache.dtype == qkv.dtype:
-        return cuda.attention(qkv, frequencies, input_pos, cache)
     _, _, n_kv_head, _, head_dim = cache.shape
+    if (cuda := on_cuda(qkv)) and batch == 1 and cache.dtype == qkv.dtype and head_dim <= 256:
+        return cuda.attention(qkv, frequencies, input_pos, cache)
     if cpu.takes_rows(qkv) and batch == 1 and head_dim <= cpu.MAX_HEAD_DIM and cache.dtype == qkv.dtype:
         n_out = channels - 2 * n_kv_head * head_dim
         return cpu.compute("attention", qkv, n_out, frequencies, input_pos, *cache.shape[2:], cache[0], cache[1])
@@ -183,11 +186,12 @@ def _attention(qkv: Tensor, frequencies: Tensor, input_pos: Tensor, cache: Tenso
     filled = int(input_pos[-1]) + 1
     keys, values = cache[:, :, :, :filled]
     q = _rotate(q, angles)
+    mask = input_pos[:, None] >= torch.arange(filled, device=qkv.device)  # [S, filled]
     if qkv.is_cpu:
         # Heads that share a KV head become rows of one product: SDPA's enable_gqa is ten times slower on a CPU.
-        mask = (input_pos[:, None] >= torch.arange(filled)).repeat(n_head // n_kv_head, 1)
+        mask = mask.repeat(n_head // n_kv_head, 1)
         q = q.reshape(batch, n_kv_head, -1, head_dim)
-    else:
+    elif rows > cpu.MAX_ROWS:
         from torch.nn.attention.bias import causal_lower_right  # noqa: PLC0415  it imports the compiler
 
         mask = causal_lower_right(rows, filled)  # which takes no memory

@@ -206,8 +206,11 @@ class Graph(Program):
             with torch.cuda.graph(self.graph, pool=pool()):
                 self.samples = step(given[0], self.inputs, *given[1:])
         except RuntimeError as error:  # a collective of an older NCCL, for example
-            print(f"a step cannot be captured, so decoding is slower: {str(error).splitlines()[0]}", file=sys.stderr)
+            cause = str(error.__context__ or error).partition("\n")[0]
+            print(f"a step cannot be captured, so decoding is slower: {cause}", file=sys.stderr)
             self.complete = False
+            pool.cache_clear()  # to this one a broken capture may still be recorded
+            torch.cuda.set_stream(torch.cuda.default_stream())  # and its own stream be the current one
         return samples
 
     def replay(self, inputs: Tensor) -> Tensor:

@@ -333,18 +333,21 @@ MACHINE = {
         f"ulimit -v 64000000; {GENERATE}", "not enough memory ... quantize it", shape(max_seq_length=10**9)
     ),
     "no compiler": Case(
-        f"CXX=/no/such/g++ {GENERATE} {F32} --compile_prefill", "--compile_prefill: ... /no/such/g++ ... do without it"
+        f"CXX=/no/such/g++ {GENERATE} {F32} --compile_prefill",
+        "torch.compile: ... /no/such/g++ ... do without --compile[_prefill]",
     ),
     "no compiler, and no need of one": Case(
         f"CXX=no-such-g++ {GENERATE} {F32} --compile", status=0, shows="Decode: ", marks=SLOW
     ),
     "empty PATH": Case(
         f"P=$(which python); PATH= $P {GENERATE[7:]} {F32} --compile_prefill",
-        "--compile_prefill: ... 'g++' ... do without it",
+        "torch.compile: ... 'g++' ... do without --compile[_prefill]",
         marks=SLOW,
     ),
     "a compiler that fails": Case(
-        f"CXX=false {GENERATE} {F32} --compile_prefill", "--compile_prefill: ... 'false' ... do without it", marks=SLOW
+        f"CXX=false {GENERATE} {F32} --compile_prefill",
+        "torch.compile: ... 'false' ... do without --compile[_prefill]",
+        marks=SLOW,
     ),
     "prefixes of no model": Case(PREFILL, f"model.pth: No such file ... {OURS}", remove("model.pth")),
 }

@@ -5,6 +5,7 @@ not depend on each other, what the compiler makes of them for four GPUs, and tha
 nothing.
 """
 
+import functools
 import json
 import os
 import re
@@ -240,7 +241,9 @@ def like_cuda(monkeypatch) -> dict[str, Launched]:
     monkeypatch.setattr(cpu, "takes_rows", lambda x: False)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Capture)
     monkeypatch.setattr(torch.cuda, "graph", capturing)
-    monkeypatch.setattr(cuda, "pool", lambda: None)
+    monkeypatch.setattr(cuda, "pool", functools.cache(lambda: None))
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda: None)
     launched = {name: Launched(getattr(cuda, name)) for name in ("_linear", "_attend", "_combine")}
     for name, kernel in launched.items():
         monkeypatch.setattr(cuda, name, kernel)
@@ -326,22 +329,34 @@ def test_a_draft_whose_numbers_are_not_finite_is_told(dtype: torch.dtype, monkey
 # ---- Whether there are kernels
 
 
-def test_without_kernels_one_line_says_what_it_costs(monkeypatch, capsys) -> None:
-    """Another dtype, no Triton, an older GPU."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    cases = [(torch.bfloat16, True, (7, 5)), (torch.bfloat16, None, (9, 0)), (torch.float32, True, (9, 0))]
-    for dtype, spec, capability in cases:
-        kernels.has_cuda_kernels.cache_clear()
-        monkeypatch.setattr(kernels, "find_spec", lambda name, spec=spec: spec)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
-        assert [kernels.has_cuda_kernels(dtype) for _ in range(2)] == [False, False]
-        told = f"no CUDA kernels for {dtype}, so decoding is several times slower"
-        assert capsys.readouterr().err.splitlines()[0].startswith(told)
-    kernels.has_cuda_kernels.cache_clear()
-    monkeypatch.setattr(kernels, "find_spec", lambda name: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert kernels.has_cuda_kernels(torch.bfloat16)
-    kernels.has_cuda_kernels.cache_clear()
+def test_without_kernels_one_line_says_why_and_what_it_costs(monkeypatch, capsys) -> None:
+    """Another dtype, no Triton, an older GPU, no C compiler for Triton's own launcher."""
+    zeros = torch.zeros
+
+    def broken(*_) -> None:
+        raise RuntimeError("Failed to find C compiler\nset CC")
+
+    cases = {
+        "compute capability 8.0": (torch.bfloat16, cuda, (7, 5), cuda.linear),
+        "import of kernels.cuda halted": (torch.bfloat16, None, (9, 0), cuda.linear),
+        "they take bfloat16": (torch.float32, cuda, (9, 0), cuda.linear),
+        "Failed to find C compiler": (torch.bfloat16, cuda, (9, 0), broken),
+        "": (torch.bfloat16, cuda, (8, 0), cuda.linear),
+    }
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, **kwargs: zeros(*shape, **kwargs))
+    for says, (dtype, found, capability, product) in cases.items():
+        kernels.cuda_kernels.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+            patch.setattr(cuda, "linear", product)
+            if found is None:
+                patch.delattr(kernels, "cuda")
+                patch.setitem(sys.modules, "kernels.cuda", None)
+            assert [kernels.cuda_kernels(dtype) for _ in range(2)] == [None if says else cuda] * 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == bool(says) and says in told
+        assert not says or told.startswith(f"no CUDA kernels for {dtype}, so decoding is several times slower: ")
+    kernels.cuda_kernels.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -484,8 +499,13 @@ PROMPT = [1, 350, 17, 900, 44, 3, 1200]
 @pytest.mark.cuda
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_float32_gives_the_text_of_a_cpu(demo, target, temperature: float) -> None:
+    """Compiled, too."""
     expected = generated(new_engine(target), PROMPT, 60, make_sampling(3, temperature))
-    assert generated(on_card(demo["target"], torch.float32), PROMPT, 60, sampled(3, temperature)) == expected
+    engine = on_card(demo["target"], torch.float32)
+    assert generated(engine, PROMPT, 60, sampled(3, temperature)) == expected
+    engine.compile(True, True, sampled(3, temperature))
+    engine.ids = []
+    assert generated(engine, PROMPT, 60, sampled(3, temperature)) == expected
 
 
 @needs_cuda
@@ -562,6 +582,8 @@ def test_quantizing_on_a_card_gives_what_a_cpu_gives(demo, tmp_path: Path) -> No
 @pytest.mark.cuda
 def test_two_ranks_on_two_cards(demo) -> None:
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "generate.py", "--device", "cuda"]
-    flags = ["--checkpoint_path", demo["target"], "--precision", "float32", "--prompt", "def read_file("]
-    alone = run_cli("generate.py", "--device", "cuda", *flags)
-    assert run_cli(*command, *flags).stdout == alone.stdout
+    flags = ["--checkpoint_path", demo["target"], "--prompt", "def read_file("]
+    alone = run_cli("generate.py", "--device", "cuda", *flags, "--precision", "float32")
+    assert run_cli(*command, *flags, "--precision", "float32").stdout == alone.stdout
+    plain = run_cli(*command, *flags)  # in bfloat16 the step is captured with its collectives
+    assert run_cli(*command, *flags, "--draft_checkpoint_path", demo["draft"]).stdout == plain.stdout
