@@ -193,9 +193,8 @@ class Speculation:
         """The tokens that follow `ids`: one, and of at most `room` guesses those that stand, in one pass."""
         # The first rank's clock decides.
         count = int(tp.share(torch.tensor(self.choose(room), device=engine.cache.device)))
-        paused = not self.rounds or self.rounds[-1][0] == 0
-        if count and paused:  # a draft reads the tokens it has missed now: they are not the cost of a guess
-            self.guess(ids, 1, sampling)
+        if count and (not self.rounds or self.rounds[-1][0] == 0):
+            self.guess(ids, 1, sampling)  # a draft reads what it has missed: that is not the cost of a guess
         start = time.perf_counter()
         guesses = self.guess(ids, count, sampling) if count else []
         samples = engine.run([ids[-1], *guesses], sampling)

@@ -96,12 +96,13 @@ def main() -> None:
     add("--groupsize", type=int, choices=GROUPSIZES, default=32, help="of int4: smaller is better and larger (32)")
     add("--device", choices=DEVICES, default="cpu", help="what computes; names an int4 file, which runs on both (cpu)")
     args = parser.parse_args()
+    checkpoint = read_checkpoint(args.checkpoint_path)
     quantization, suffix = {"mode": args.mode}, args.mode
     if args.mode == "int4":
         quantization["groupsize"] = args.groupsize
         suffix += f".g{args.groupsize}.{args.device}"
     path = args.checkpoint_path.with_name(f"{args.checkpoint_path.stem}_{suffix}.pth")
-    quantize(read_checkpoint(args.checkpoint_path), quantization, args.device, path)
+    quantize(checkpoint, quantization, args.device, path)
     print(f"wrote {path}", file=sys.stderr)
 
 
