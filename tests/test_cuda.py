@@ -98,8 +98,8 @@ def test_products_are_exact_and_their_rows_independent(scheme: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_products_of_every_number_of_rows(scheme: str) -> None:
-    for n_out, n_in in ((48, 256), (100, 768), (17, 1280)):
-        check_product(n_out, n_in, scheme, list(range(1, 17)))
+    check_product(48, 768, scheme, list(range(1, 17)))
+    check_product(17, 1280, scheme, [1, 16])
 
 
 @pytest.mark.slow
@@ -148,9 +148,9 @@ def test_attention_is_exact_and_its_rows_independent(heads: tuple) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("heads", [*HEADS.values(), (2, 1, 96), (2, 1, 48), (1, 1, 256)])
+@pytest.mark.parametrize("heads", [*HEADS.values(), (2, 1, 96), (2, 1, 48)])
 def test_attention_at_every_border(heads: tuple) -> None:
-    check_attention(*heads, 200, [0, 1, 48, 49, 63, 64, 100, 128, 184, 199])
+    check_attention(*heads, 200, [0, 48, 63, 184, 199])
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a constant of the compiled kernels")
