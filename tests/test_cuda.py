@@ -446,6 +446,7 @@ for n_head, n_kv_head, head_dim in HEADS:
     labels += [f"attend {n_head}/{n_kv_head} of {head_dim}", f"combine {head_dim}"]
 print(json.dumps({label: compile(*each, ARCH) for label, each in zip(labels, launches)}))
 """
+of_36 = pytest.mark.skipif(not triton.__version__.startswith("3.6"), reason="the limits are those of Triton 3.6")
 LIMITS = {"registers": 170, "spilled": 0, "shared": 100 * 1024}
 
 
@@ -466,11 +467,13 @@ def check_machine_code(found: dict[str, dict]) -> None:
             assert "0x10" in figures["loads"] and set(figures["loads"]) <= scales | {"0x10"}, (name, figures)
 
 
+@of_36
 def test_machine_code_of_the_kernels() -> None:
     """For an H100: no spills, registers and shared memory for several blocks a processor, weights read by 16 bytes."""
     check_machine_code(machine_code(90, [("bf16", 4096), ("int8", 4096), ("g32", 4096)], [(32, 32, 128)]))
 
 
+@of_36
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 89, 90, 100])
 def test_machine_code_for_every_gpu(arch: int) -> None:
