@@ -126,7 +126,7 @@ class Engine:
             return compiled(model, inputs, *others)[:rows]
 
         if few:
-            self.few = Recorded(run_compiled)
+            self.few = Recorded(run_compiled) if self.cache.is_cuda else run_compiled
             self.launch(torch.zeros(2, 1, dtype=torch.int64), sampling)
         if many:
             self.many = run_compiled
