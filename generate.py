@@ -67,8 +67,7 @@ class Engine:
 
         They hold until the next pass.
         """
-        # A copy is an inference tensor, whatever it is of: a step is compiled for these.
-        inputs = inputs.to(self.cache.device, non_blocking=True, copy=True)
+        inputs = inputs.to(self.cache.device, non_blocking=True)
         if inputs.shape[1] <= cpu.MAX_ROWS:
             return self.few(self.model, inputs, self.cache, sampling, False)
         return self.many(self.model, inputs, self.cache, sampling, True)
@@ -121,7 +120,8 @@ class Engine:
         def run_compiled(model: Transformer, inputs: Tensor, *others: object) -> Tensor:
             """One row runs as two: code for it alone could round otherwise than the code that verifies guesses."""
             rows = inputs.shape[1]
-            inputs = inputs if rows > 1 else inputs.repeat(1, 2)
+            # Always a new tensor: to the compiler an inference tensor and another one are not the same.
+            inputs = inputs.repeat(1, 2)[:, : max(rows, 2)].contiguous()
             torch._dynamo.mark_dynamic(inputs, 1)
             return compiled(model, inputs, *others)[:rows]
 
