@@ -67,10 +67,9 @@ class Engine:
 
         They hold until the next pass.
         """
-        inputs = inputs.to(self.cache.device, non_blocking=True)
         if inputs.shape[1] <= cpu.MAX_ROWS:
             return self.few(self.model, inputs, self.cache, sampling, False)
-        return self.many(self.model, inputs, self.cache, sampling, True)
+        return self.many(self.model, inputs.to(self.cache.device), self.cache, sampling, True)
 
     def read(self, samples: Tensor) -> list[int]:
         """Wait for samples, which are the first rank's. ValueError where the model computed no finite numbers."""

@@ -117,8 +117,8 @@ def new_program(x: Tensor) -> cpu.Program | None:
 class Recorded:
     """`step` (model, inputs [2, S], ...) of few rows, repeated without Python between its kernels where possible.
 
-    Each number of rows is recorded when it first occurs, and again where anything that the step is given beside the
-    inputs is another object than before.
+    The inputs may lie on the CPU, wherever the model does. Each number of rows is recorded when it first occurs, and
+    again where anything that the step is given beside the inputs is another object than before.
     """
 
     def __init__(self, step: Callable[..., Tensor]) -> None:
@@ -137,7 +137,7 @@ class Recorded:
                 return samples
         elif program.complete:
             return program.replay(inputs)
-        return self.step(model, inputs, *others)
+        return self.step(model, inputs.to(model.norm.weight.device), *others)
 
 
 def _linear(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None) -> Tensor:
@@ -147,8 +147,7 @@ def _linear(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | N
         return cuda.linear(x, weight, scale, minimum)
     groupsize = 0 if minimum is None else n_in // minimum.shape[1]
     stored = weight.dtype in cpu.BITS and weight.is_contiguous() and groupsize in cpu.GROUPSIZES and n_in % 32 == 0
-    known = x.is_cpu and x.dtype in (torch.bfloat16, torch.float32)
-    if not known or not stored or cpu.library() is None:
+    if not x.is_cpu or x.dtype not in (torch.bfloat16, torch.float32) or not stored or cpu.library() is None:
         return F.linear(x, dequantize(weight, scale, minimum, x.dtype))
     form = (cpu.BITS[weight.dtype], groupsize)
     # From so many rows on the library reads a float weight faster; a quantized one would have to be restored first.
@@ -172,9 +171,10 @@ def _attention(qkv: Tensor, frequencies: Tensor, input_pos: Tensor, cache: Tenso
     """The operator llama.attention."""
     batch, rows, channels = qkv.shape
     _, _, n_kv_head, _, head_dim = cache.shape
-    if (cuda := on_cuda(qkv)) and batch == 1 and cache.dtype == qkv.dtype and head_dim <= 256:
+    plain = batch == 1 and cache.dtype == qkv.dtype and cache.is_contiguous()
+    if plain and head_dim <= 256 and (cuda := on_cuda(qkv)):
         return cuda.attention(qkv, frequencies, input_pos, cache)
-    if cpu.takes_rows(qkv) and batch == 1 and head_dim <= cpu.MAX_HEAD_DIM and cache.dtype == qkv.dtype:
+    if plain and head_dim <= cpu.MAX_HEAD_DIM and cpu.takes_rows(qkv):
         n_out = channels - 2 * n_kv_head * head_dim
         return cpu.compute("attention", qkv, n_out, frequencies, input_pos, *cache.shape[2:], cache[0], cache[1])
     heads = qkv.view(batch, rows, -1, head_dim).transpose(1, 2)  # [B, heads, S, head_dim]

@@ -198,7 +198,7 @@ class Graph(Program):
     def record(self, step: Callable[..., Tensor], inputs: Tensor, given: tuple) -> Tensor:
         """Run the step, in which what is to be compiled is compiled, and capture it."""
         self.given = given
-        self.inputs = inputs
+        self.inputs = inputs.to(given[0].norm.weight.device)
         samples = step(given[0], self.inputs, *given[1:])
         self.graph = torch.cuda.CUDAGraph()
         self.complete = True
@@ -215,6 +215,6 @@ class Graph(Program):
 
     def replay(self, inputs: Tensor) -> Tensor:
         """Launch the graph: the samples, which hold until the next time."""
-        self.inputs.copy_(inputs)
+        self.inputs.copy_(inputs, non_blocking=True)  # from the host's memory that is the one copy of a pass
         self.graph.replay()
         return self.samples
