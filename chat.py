@@ -4,38 +4,72 @@ import sys
 import terminal
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import tp
-from tokenizer import Tokenizer, closing_ids, turn_ids
+from tokenizer import Tokenizer, text_decoder
 
 
 @dataclass
 class Conversation:
-    """The ids of a conversation. The model's words are never tokenized again, so its cache goes on where it stands."""
+    """What was said, as token ids. What the template repeats keeps its ids, so the model's cache goes on from there."""
 
     tokenizer: Tokenizer
     context: int  # tokens that the model can take
     system: str  # comes before everything
     template: bool  # turns in the chat template; without, it is one text that goes on
     ids: list[int] = field(default_factory=list)
+    messages: list[dict] = field(default_factory=list)  # the same, as the template is given it
+    asked: str = ""  # what the template made of them before the last answer
+    answer: list[int] = field(default_factory=list)  # the last of the ids
+
+    def with_turn(self, text: str) -> list[dict]:
+        """The messages so far and `text` of the user's, behind the system's where it is the first."""
+        first = [{"role": "system", "content": self.system}] if self.system else []
+        return [*(self.messages or first), {"role": "user", "content": text}]
+
+    def kept(self, rendered: str) -> tuple[int, int]:
+        """How many of the ids say what `rendered` begins with, and how many of its characters that are.
+
+        A template may strip an answer, or leave out what was thought in it; then those before it are kept.
+        """
+        if not rendered.startswith(self.asked):
+            return 0, 0
+        end = len(self.asked)
+        kept = len(self.ids) - len(self.answer), end
+        decoder = text_decoder()
+        for count, token in enumerate(self.answer, kept[0] + 1):
+            piece = decoder.decode(self.tokenizer.bytes_of(token))
+            if not rendered.startswith(piece, end):
+                break
+            end += len(piece)
+            if not decoder.getstate()[0]:  # no byte of it waits
+                kept = count, end
+        return kept
 
     def prompt(self, text: str) -> list[int]:
         """The ids so far and of `text`, which the user says next. ValueError where the context has no room for them."""
         if self.template:
-            ids = self.ids + turn_ids(self.tokenizer, text, self.system, first=not self.ids)
+            rendered = self.tokenizer.render(self.with_turn(text))
+            count, end = self.kept(rendered)
+            ids = self.ids[:count] + self.tokenizer.encode_rendered(rendered[end:], start=count == 0)
         else:
             before = f"{self.system}\n" if self.system and not self.ids else ""
-            ids = (self.ids or [self.tokenizer.bos_id]) + self.tokenizer.encode(before + text)
+            ids = (self.ids or self.tokenizer.start) + self.tokenizer.encode(before + text)
+        if not ids:
+            raise ValueError(f"{text!r} is nothing that the model has tokens for: give some other text")
         if len(ids) > self.context:
             raise ValueError(f"{len(ids)} tokens, but a context of {self.context}: shorten them or --system, or /clear")
         return ids
 
-    def add(self, prompt: list[int], answer: list[int]) -> None:
-        """Go on behind the `answer` to a `prompt`."""
-        self.ids = prompt + answer
+    def add(self, text: str, prompt: list[int], answer: list[int]) -> None:
+        """Go on behind the `answer` to `text`, of which `prompt` made a prompt."""
         if self.template:
-            self.ids += closing_ids(self.tokenizer, answer)
+            messages = self.with_turn(text)
+            self.asked = self.tokenizer.render(messages)
+            self.messages = [*messages, {"role": "assistant", "content": self.tokenizer.message(answer)}]
+        self.ids = prompt + answer
+        self.answer = answer
 
 
 def listen() -> str | None:
@@ -51,7 +85,8 @@ def converse(talk: Conversation, answer: Callable[[list[int]], list[int]], stati
     End of input ends it, and so does Ctrl-C. But during an answer Ctrl-C ends that answer only, and the words stay.
     """
     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape", newline="\n")
-    talk.prompt("")  # ValueError now, if --system leaves no room
+    if talk.system:
+        talk.prompt("")  # ValueError now, if it leaves no room
     if sys.stdin.isatty():
         with suppress(ImportError):  # input() then edits the line, and has a history
             import readline  # noqa: F401, PLC0415
@@ -59,12 +94,13 @@ def converse(talk: Conversation, answer: Callable[[list[int]], list[int]], stati
     while (line := tp.agree(listen)) is not None:
         try:
             if line == "/clear":
-                talk.ids = []
+                talk = replace(talk, ids=[], messages=[], asked="", answer=[])
             elif line == "/stats":
                 print(statistics(), file=sys.stderr)
             elif line:
-                prompt = talk.prompt(terminal.decode_text(line.encode("utf-8", "surrogateescape"), "what was said"))
-                talk.add(prompt, answer(prompt))
+                text = terminal.decode_text(line.encode("utf-8", "surrogateescape"), "what was said")
+                prompt = talk.prompt(text)
+                talk.add(text, prompt, answer(prompt))
                 if len(talk.ids) >= talk.context:
                     print(f"the context of {talk.context} tokens is full: /clear starts anew", file=sys.stderr)
         except ValueError as error:

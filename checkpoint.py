@@ -1,8 +1,9 @@
 """The checkpoint file: its fields, how it is written, read and loaded.
 
 It is a torch.save file of: config (ModelArgs), quantization (None for 16 bits, {"mode": "int8"}, or {"mode": "int4",
-"groupsize": n}), tokenizer (a sentencepiece model), chat (whether it talks in Llama-2's template), id (of these very
-weights) and model (the tensors, as kernels.Linear stores them).
+"groupsize": n}), tokenizer (the fields of a Tokenizer), id (of these very weights) and model (the tensors, as
+kernels.Linear stores them). In an older file tokenizer is the sentencepiece model alone, beside chat: whether it talks
+in Llama-2's template.
 """
 
 import mmap
@@ -18,7 +19,7 @@ from torch.serialization import set_default_mmap_options, skip_data
 
 from kernels import Linear
 from model import ModelArgs, Transformer
-from tokenizer import Tokenizer
+from tokenizer import LLAMA_2, Tokenizer, of_sentencepiece
 
 GROUPSIZES = (32, 64, 128, 256)
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
@@ -69,9 +70,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
         args = ModelArgs(**header["config"])
         expected = empty_model(args, header["quantization"], torch.bfloat16).state_dict()
         kinds = [{n: (t.shape, t.is_floating_point()) for n, t in each.items()} for each in (model, expected)]
-        if kinds[0] != kinds[1] or not header.keys() >= {"id", "chat"}:
+        if kinds[0] != kinds[1] or "id" not in header:
             raise ValueError("its tensors are not those of its own config: convert or quantize it again")
-        return Checkpoint(path, args, header, Tokenizer(header["tokenizer"]), model)
+        if isinstance(header["tokenizer"], dict):
+            tokenizer = Tokenizer(**header["tokenizer"])
+        else:
+            tokenizer = of_sentencepiece(header["tokenizer"], LLAMA_2 if header["chat"] else None)
+        return Checkpoint(path, args, header, tokenizer, model)
 
 
 def load_model(checkpoint: Checkpoint, device: str, dtype: torch.dtype, shard: Callable | None = None) -> Transformer:

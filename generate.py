@@ -10,7 +10,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -203,18 +203,18 @@ class Speculation:
         return samples[: accepted + 1]
 
 
-def generate(engine: Engine, prompt: list[int], limit: int, eos_id: int | None, sampling: Sampling, speculation=None):
+def generate(engine: Engine, prompt: list[int], limit: int, ends: Container[int], sampling: Sampling, speculation=None):
     """Yield the tokens that follow `prompt`, of which the engine may hold a beginning (Engine.rewind comes first).
 
-    Each is the model's own sample given all before it, guessed or not. They end before the token `eos_id` (None: there
-    is no such token), after `limit` tokens, or where the context ends, with the token behind its last position.
+    Each is the model's own sample given all before it, guessed or not. They end before one of the tokens `ends`,
+    after `limit` tokens, or where the context ends, with the token behind its last position.
     """
     ids = list(prompt)
     end = min(len(prompt) + limit, engine.model.args.max_seq_length + 1)
     tokens = engine.extend(prompt, sampling)
     while True:
         for token in tokens:
-            if token == eos_id:
+            if token in ends:
                 return
             ids.append(token)
             yield token
@@ -286,14 +286,14 @@ class Session:
 
     def conversation(self) -> Conversation:
         """A new one, in which nothing has been said."""
-        template = self.checkpoint.header["chat"] and self.args.interactive and not self.args.raw
+        template = self.tokenizer.template is not None and not self.args.raw
         return Conversation(self.tokenizer, self.checkpoint.args.max_seq_length, self.system, template)
 
     def answer(self, prompt: list[int], i: int = 0) -> list[int]:
         """Print the text that follows `prompt` as it comes, with seed + i; its ids. Ctrl-C ends it where one may."""
         engine, decode, answer = self.engines[0], text_decoder().decode, Answer(len(prompt))
         may_interrupt = self.args.interactive and tp.ranks() == (0, 1)  # torchrun ends its ranks on Ctrl-C
-        eos_id = None if self.args.ignore_eos else self.tokenizer.eos_id
+        ends = [] if self.args.ignore_eos else self.tokenizer.ends
         limit, context = self.args.max_new_tokens, self.checkpoint.args.max_seq_length
         start = time.perf_counter()
         self.sampling.seed.fill_((self.args.seed + i) % 2**31)
@@ -302,7 +302,7 @@ class Session:
         with suppress(KeyboardInterrupt) if may_interrupt else nullcontext():
             engine.rewind(prompt)
             answer.cached = len(engine.ids)
-            for token in generate(engine, prompt, limit, eos_id, self.sampling, self.speculation):
+            for token in generate(engine, prompt, limit, ends, self.sampling, self.speculation):
                 answer.ids.append(token)
                 answer.times.append(time.perf_counter() - start)
                 print(decode(self.tokenizer.bytes_of(token)), end="", flush=True)

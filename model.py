@@ -3,6 +3,7 @@
 It owns no sequence: the cache is the caller's. It knows nothing of files, sampling, quantization or devices.
 """
 
+import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -24,8 +25,12 @@ class ModelArgs:
     vocab_size: int
     norm_eps: float
     rope_theta: float
-    rope_scale: float  # linear rope scaling: positions are divided by it; 1.0 is none
+    rope_scale: float  # RoPE's slow frequencies are divided by it; 1.0 is none
     max_seq_length: int  # positions that the model was trained for: prompt and answer together
+    # Slow is what turns less than rope_low times within rope_positions, and up to rope_high times less and less so.
+    rope_low: float = 2.0**29  # all are slow
+    rope_high: float = 2.0**30
+    rope_positions: int = 1
 
     def __post_init__(self) -> None:
         """ValueError where this is no shape of a model."""
@@ -34,6 +39,22 @@ class ModelArgs:
                 raise ValueError(f"{field.name} = {value!r} in the config: it must be a positive number below 2**31")
         if self.n_head % self.n_kv_head != 0 or self.head_dim % 2 != 0:
             raise ValueError(f"n_head must be a multiple of n_kv_head and head_dim even in the config: {self}")
+        if self.rope_low >= self.rope_high:
+            raise ValueError(f"low_freq_factor must be less than high_freq_factor in the config: {self}")
+
+
+def rope_frequencies(args: ModelArgs) -> Tensor:
+    """Radians [head_dim / 2] by which channel i turns with channel i + head_dim / 2 from one position to the next.
+
+    theta ** (-2 i / head_dim), https://arxiv.org/abs/2104.09864, divided by rope_scale as far as they are slow: all in
+    linear scaling, https://arxiv.org/abs/2306.15595; by the number of turns in that of Llama 3, as
+    https://github.com/meta-llama/llama-models/blob/main/models/llama3/model.py has it. In float32 on the CPU.
+    """
+    exponent = torch.arange(0, args.head_dim, 2, dtype=torch.float32, device="cpu") / args.head_dim
+    frequencies = 1.0 / args.rope_theta**exponent
+    turns = args.rope_positions * frequencies / (2 * math.pi)
+    fast = ((turns - args.rope_low) / (args.rope_high - args.rope_low)).clamp(0, 1)
+    return frequencies * fast + frequencies / args.rope_scale * (1 - fast)
 
 
 class Attention(nn.Module):
@@ -91,7 +112,7 @@ class Transformer(nn.Module):
         self.norm = kernels.RMSNorm(args.dim, args.norm_eps)
         self.output = kernels.Linear(args.dim, args.vocab_size)
         # No buffer: it stays in float32, and on the CPU until the weights are loaded.
-        self.frequencies = kernels.rope_frequencies(args.head_dim, args.rope_theta, args.rope_scale)
+        self.frequencies = rope_frequencies(args)
 
     def make_cache(self, max_seq_length: int, batch: int = 1) -> Tensor:
         """An empty cache [n_layer, 2, batch, n_kv_head, max_seq_length, head_dim] of keys and values.

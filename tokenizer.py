@@ -1,34 +1,150 @@
-"""Text to token ids and back: the tokenizer of a checkpoint, its chat template, text that is streamed as it comes."""
+"""Text to token ids and back: both kinds of tokenizer, chat templates, text that is streamed as it comes."""
 
 import codecs
+import re
+import terminal
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import sentencepiece
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 # One replacement character for each byte that belongs to none, as sentencepiece has it.
 codecs.register_error("replace each byte", lambda error: ("\ufffd" * (error.end - error.start), error.end))
+NO_PREFIX = b"\x1a\x02\x18\x00"  # appended to a sentencepiece model: it puts no space before a text
+QUOTE = "\udfff"  # before a character: no token begins there that is not of the vocabulary. No text in UTF-8 has it
+# GPT-2's character for each byte: itself where it is printable, the others from 256 on.
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+ALPHABET = {byte: byte for byte in PRINTABLE}
+ALPHABET |= {byte: 256 + i for i, byte in enumerate(sorted(set(range(256)) - set(PRINTABLE)))}
+BYTES = {character: byte for byte, character in ALPHABET.items()}
+# The template of checkpoints that were converted when there was no other.
+# https://github.com/meta-llama/llama/blob/main/llama/generation.py, chat_completion
+LLAMA_2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] "
+    "{% if loop.index == 2 and messages[0].role == 'system' %}<<SYS>>\n{{ messages[0].content }}\n<</SYS>>\n\n"
+    "{% endif %}{{ m.content | trim }} [/INST]{% elif m.role == 'assistant' %} {{ m.content | trim }} "
+    "{{ eos_token }}{% endif %}{% endfor %}"
+)
 
 
+def any_of(texts: Iterable[str]) -> str:
+    """A regular expression for the longest of `texts` that stands somewhere; of none, one that nothing matches."""
+    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)"
+
+
+def refuse(message: str) -> None:
+    """What a template calls as raise_exception."""
+    raise TemplateError(message)
+
+
+@dataclass
 class Tokenizer:
-    """The sentencepiece model that a checkpoint carries. Any exception of sentencepiece's where `proto` is none."""
+    """A sentencepiece model, and what else a repository says of texts. Any exception of sentencepiece's if it is none.
 
-    def __init__(self, proto: bytes) -> None:
-        self.proto = proto
-        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    A model of byte-level BPE has GPT-2's characters for bytes, and as its last piece the one for what is unknown.
+    """
+
+    proto: bytes
+    added: dict[str, int]  # tokens that are not of the vocabulary, by their text
+    special: list[str]  # those of them that an answer does not show
+    bos: str
+    eos: str
+    begins: bool  # with `bos`: a text that has no template
+    ends: list[int]  # tokens that end an answer
+    template: str | None = None  # of a chat, in Jinja
+    splits: list[str] | None = None  # regular expressions that cut a text for byte-level BPE; None: sentencepiece
+    whole_words: bool = False  # a part that is a token is not put together by merges
+    legacy: bool = True  # sentencepiece puts a space before a text behind an added token, too
+
+    def __post_init__(self) -> None:
+        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=self.proto)
+        self.inner = sentencepiece.SentencePieceProcessor(model_proto=self.proto + NO_PREFIX)
         self.size = self.pieces.vocab_size()
-        self.bos_id = self.pieces.bos_id()
-        self.eos_id = self.pieces.eos_id()
-        self.encode = self.pieces.encode  # ids of a text, nothing added; the spelling of a special token stays text
-        self.front = self.encode("a")  # stands before a token whose leading space is to be kept
+        if self.splits is not None:
+            self.size -= 1
+            self.cuts = [re.compile(f"({split})", re.MULTILINE) for split in self.splits]
+            unknown = [byte for byte, code in ALPHABET.items() if self.pieces.piece_to_id(chr(code)) == self.size]
+            self.alphabet = ALPHABET | dict.fromkeys(unknown)  # the library tokenizers leaves these bytes out
+        self.start = [self.added[self.bos]] if self.begins and self.bos in self.added else []
+        self.tokens = re.compile(f"(?<!{QUOTE})({any_of(self.added)})")
+        template = self.template or ""
+        self.control = re.compile(any_of(text for text in self.added if text in self.special or text in template))
+        sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        sandbox.add_extension("jinja2.ext.loopcontrols")
+        sandbox.globals |= {"raise_exception": refuse, "bos_token": self.bos, "eos_token": self.eos}
+        self.chat = sandbox.from_string(template)
+
+    def quote(self, text: str) -> str:
+        """`text` as it may stand in a rendered template: none of the tokens that control a chat is in it."""
+        return self.control.sub(lambda found: "".join(QUOTE + character for character in found[0]), text)
+
+    def render(self, messages: list[dict]) -> str:
+        """The chat template of `messages` with `role` and `content`, up to where the next answer begins.
+
+        As transformers renders it, but what was said is quoted, and there is no clock: the same text every day.
+        """
+        quoted = [message | {"content": self.quote(message["content"])} for message in messages]
+        with terminal.reading("the chat template", "--raw does without it"):
+            return self.chat.render(messages=quoted, add_generation_prompt=True, tools=None, documents=None)
+
+    def encode_rendered(self, text: str, start: bool = True) -> list[int]:
+        """The ids of a rendered template, or of what follows one (not `start`), with the added tokens in it."""
+        ids = []
+        for part in self.tokens.split(text):
+            if part in self.added:
+                ids.append(self.added[part])
+            elif part:
+                pieces = self.pieces if (self.legacy if ids else start) else self.inner
+                ids += self.encode_part(part.replace(QUOTE, ""), pieces)
+        return ids
+
+    def encode_part(self, text: str, pieces: sentencepiece.SentencePieceProcessor) -> list[int]:
+        """The ids of a text by the vocabulary alone."""
+        if self.splits is None:
+            return pieces.encode(text)
+        parts = [text]
+        for cut in self.cuts:
+            parts = [part for each in parts for part in cut.split(each) if part]
+        words = [part.encode().decode("latin-1").translate(self.alphabet) for part in parts]
+        found = pieces.encode(words, num_threads=1)
+        if self.whole_words:
+            tokens = pieces.piece_to_id(words)
+            found = [ids if token == self.size else [token] for ids, token in zip(found, tokens, strict=True)]
+        return [token for ids in found for token in ids]
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of what somebody wrote, nothing added; the spelling of a special token stays text."""
+        return self.encode_rendered(self.quote(text))
 
     def bytes_of(self, token: int) -> bytes:
         """The bytes that `token` adds to a text in UTF-8."""
-        if self.pieces.is_byte(token):
-            return bytes([int(self.pieces.id_to_piece(token)[3:5], 16)])  # "<0x0A>"
-        return self.pieces.decode([*self.front, token])[1:].encode()
+        piece = self.pieces.id_to_piece(token)
+        if piece in self.added:
+            return b"" if piece in self.special else piece.encode()
+        if self.splits is not None:
+            return piece.translate(BYTES).encode("latin-1", "replace")
+        return bytes([int(piece[3:5], 16)]) if self.pieces.is_byte(token) else self.inner.decode([token]).encode()
+
+    def message(self, ids: list[int]) -> str:
+        """The text of an answer as a template is given it: without the space that sentencepiece begins words with."""
+        text = b"".join(map(self.bytes_of, ids)).decode("utf-8", "replace each byte")
+        return text.removeprefix(" ") if self.splits is None else text
 
     def vocabulary(self) -> list[str]:
         """All pieces, by id."""
         return [self.pieces.id_to_piece(token) for token in range(self.size)]
+
+
+def of_sentencepiece(proto: bytes, template: str | None = None) -> Tokenizer:
+    """The tokenizer of a sentencepiece model of which nothing else is known. ValueError where it has no BOS or EOS."""
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    ends = [pieces.bos_id(), pieces.eos_id()]
+    if min(ends) < 0:
+        raise ValueError(f"the ids of BOS and EOS are {ends}, but a model of text has both")
+    bos, eos = map(pieces.id_to_piece, ends)
+    return Tokenizer(proto, {bos: ends[0], eos: ends[1]}, [bos, eos], bos, eos, True, ends[1:], template)
 
 
 def text_decoder() -> codecs.IncrementalDecoder:
@@ -37,19 +153,3 @@ def text_decoder() -> codecs.IncrementalDecoder:
     decode(b"", True) gives the rest, when no more tokens come.
     """
     return codecs.getincrementaldecoder("utf-8")("replace each byte")
-
-
-def turn_ids(tokenizer: Tokenizer, text: str, system: str, first: bool) -> list[int]:
-    """A user's words in Llama-2's chat template: BOS [INST] text [/INST], with the system's text in the `first` turn.
-
-    https://github.com/meta-llama/llama/blob/main/llama/generation.py, chat_completion
-    """
-    if system and first:
-        text = f"<<SYS>>\n{system}\n<</SYS>>\n\n{text}"
-    return [tokenizer.bos_id, *tokenizer.encode(f"[INST] {text.strip()} [/INST]")]
-
-
-def closing_ids(tokenizer: Tokenizer, answer: list[int]) -> list[int]:
-    """The template's ids behind an `answer`: a space and EOS. An answer may have ended with that space."""
-    space = tokenizer.pieces.piece_to_id("\u2581")
-    return [tokenizer.eos_id] if answer[-1:] == [space] else [space, tokenizer.eos_id]

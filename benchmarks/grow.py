@@ -109,8 +109,7 @@ def grow(checkpoint: Checkpoint, shape: ModelArgs, path: Path, dtype: torch.dtyp
             else:
                 tensor[: len(weight), : weight.shape[1]] = weight
 
-    header = {"config": asdict(new), "quantization": None, "chat": checkpoint.header["chat"]}
-    header["tokenizer"] = checkpoint.tokenizer.proto
+    header = {"config": asdict(new), "quantization": None, "tokenizer": asdict(checkpoint.tokenizer)}
     write_checkpoint(path, header, empty_model(new, None, dtype).to_empty(device="cpu").state_dict(), fill)
 
 

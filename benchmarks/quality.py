@@ -45,16 +45,16 @@ def compare(original: Checkpoint, quantized: Checkpoint, text: str, device: str)
         raise ValueError("the text is empty: give a longer one")
     window = min(WINDOW, original.args.max_seq_length)
     models = [load_model(checkpoint, device, torch.float32) for checkpoint in (original, quantized)]
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(5, dtype=torch.float64)
     for start in terminal.progress(range(0, len(ids), window - 1), "comparing"):
-        tokens = torch.tensor([original.tokenizer.bos_id, *ids[start : start + window - 1]], device=device)
+        tokens = torch.tensor([*original.tokenizer.start, *ids[start : start + window - 1]], device=device)
         positions = torch.arange(len(tokens) - 1, device=device)
         p, q = [m(tokens[None, :-1], positions, m.make_cache(window))[0].log_softmax(dim=-1) for m in models]
         losses = [F.nll_loss(logs, tokens[1:], reduction="sum") for logs in (p, q)]
         divergence = (p.exp() * (p - q)).sum()
         same = (p.argmax(dim=-1) == q.argmax(dim=-1)).sum()
-        sums += torch.stack([*losses, divergence, same]).cpu()
-    loss, quantized_loss, divergence, same = sums / len(ids)
+        sums += torch.stack([*losses, divergence, same, torch.tensor(len(positions), device=device)]).cpu()
+    loss, quantized_loss, divergence, same = sums[:4] / sums[4]
     return Figures(loss.exp().item(), quantized_loss.exp().item(), divergence.item(), same.item())
 
 

@@ -200,15 +200,6 @@ def _attention(qkv: Tensor, frequencies: Tensor, input_pos: Tensor, cache: Tenso
     return y.reshape(batch, rows, n_head * head_dim)
 
 
-def rope_frequencies(head_dim: int, theta: float, scale: float) -> Tensor:
-    """Radians [head_dim / 2] by which channel i turns with channel i + head_dim / 2 from one position to the next.
-
-    theta ** (-2 i / head_dim) / scale, in float32 on the CPU. https://arxiv.org/abs/2104.09864
-    """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-    return 1.0 / (theta**exponent * scale)
-
-
 def _rotate(x: Tensor, angles: Tensor) -> Tensor:
     """RoPE in float32, half-split as Hugging Face has it: `x` [B, heads, S, head_dim] by `angles` [S, head_dim / 2]."""
     cos, sin = angles.cos(), angles.sin()
@@ -235,7 +226,7 @@ def attention(qkv: Tensor, frequencies: Tensor, input_pos: Tensor, cache: Tensor
     """Causal grouped-query attention of new rows over the filled part of a cache, with RoPE and the cache's update.
 
     `qkv` [B, S, (n_head + 2 n_kv_head) * head_dim] are the projections of the positions `input_pos` [S], consecutive;
-    `frequencies` [head_dim / 2] those of RoPE (`rope_frequencies`); `cache` [2, B, n_kv_head, T, head_dim] has keys and
+    `frequencies` [head_dim / 2] those of RoPE; `cache` [2, B, n_kv_head, T, head_dim] has keys and
     values. Those of the rows are written to it, then row i sees positions 0 to input_pos[i]. Returns [B, S, n_head *
     head_dim].
     """

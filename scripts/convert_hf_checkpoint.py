@@ -11,7 +11,7 @@ import os
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,12 +26,16 @@ from torch import Tensor
 
 from checkpoint import empty_model, write_checkpoint
 from model import ModelArgs
-from tokenizer import Tokenizer
+from scripts.convert_tokenizer import check, read_json, read_tokenizer
 
 FORMATS = {"model.safetensors": "model[.-]*safetensors", "pytorch_model.bin": "pytorch_model[.-]*bin"}  # whole: shards
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Values that config.json may have.
-SUPPORTED = {"model_type": ["llama"], "hidden_act": ["silu"], "rope scaling": ["default", "linear"]}
+SUPPORTED = {
+    "model_type": ["llama", "mistral"],
+    "hidden_act": ["silu"],
+    "rope scaling": ["default", "linear", "llama3"],
+}
 SUPPORTED |= dict.fromkeys(["attention_bias", "mlp_bias", "quantization_config"], [False, None])
 ENDS = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}  # ours: Hugging Face's
 LAYER = {  # our tensors of a layer: Hugging Face's, in the order of their rows
@@ -52,17 +56,31 @@ def model_args(config: dict) -> ModelArgs:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     said = {"model_type": config["model_type"], "rope scaling": rope_type} | config
-    for key, values in SUPPORTED.items():
-        if key in said and said[key] not in values:
-            raise ValueError(f"{key} = {said[key]!r} is not supported: this program runs plain Llama models")
+    check(said, SUPPORTED)
     required = "hidden_size num_hidden_layers num_attention_heads intermediate_size vocab_size rms_norm_eps"
     dim, n_layer, n_head, ffn_dim, vocab_size, norm_eps = [config[name] for name in required.split()]
     n_kv_head = config.get("num_key_value_heads") or n_head
     head_dim = config.get("head_dim") or dim // n_head
     theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
-    scale = rope["factor"] if rope_type == "linear" else 1.0
+    scale = 1.0 if rope_type == "default" else rope["factor"]
     positions = config.get("max_position_embeddings", 2048)  # transformers' default
-    return ModelArgs(dim, n_layer, n_head, n_kv_head, head_dim, ffn_dim, vocab_size, norm_eps, theta, scale, positions)
+    if rope_type == "linear":  # FastChat's models have the scaled number in a field of their own
+        positions = max(positions, config.get("max_sequence_length", 0))
+    if config["model_type"] == "mistral" and (config.get("sliding_window") or positions) < positions:
+        raise ValueError(f"sliding_window = {config['sliding_window']} within {positions} positions is not supported")
+    args = ModelArgs(dim, n_layer, n_head, n_kv_head, head_dim, ffn_dim, vocab_size, norm_eps, theta, scale, positions)
+    if rope_type == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        args = replace(args, rope_low=low, rope_high=high, rope_positions=rope["original_max_position_embeddings"])
+    return args
+
+
+def eos_ids(config: dict) -> set[int]:
+    """The tokens that end an answer, of which a config has none, one or a list."""
+    ids = config.get("eos_token_id")
+    if ids is None:
+        return set()
+    return set(ids) if isinstance(ids, list) else {ids}
 
 
 def read_safetensors(path: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
@@ -146,12 +164,10 @@ def convert(folder: Path, precision: str) -> Path:
         config = json.loads((folder / "config.json").read_bytes())
         args = model_args(config)
         tensors = empty_model(args, None, getattr(torch, precision)).to_empty(device="cpu").state_dict()
-    with terminal.reading(folder / "tokenizer.model", "only models with a sentencepiece tokenizer are supported"):
-        tokenizer = Tokenizer((folder / "tokenizer.model").read_bytes())
-        if tokenizer.bos_id < 0 or tokenizer.size > args.vocab_size:
-            raise ValueError(f"{tokenizer.size} pieces, BOS {tokenizer.bos_id}, but a vocab_size of {args.vocab_size}")
-    templates = [*folder.glob("tokenizer_config.json"), *folder.glob("chat_template.jinja")]
-    chat = any(b"<<SYS>>" in path.read_bytes() for path in templates)
+        ends = eos_ids(config) | eos_ids(read_json(folder / "generation_config.json"))
+    tokenizer = read_tokenizer(folder, args.vocab_size, ends)
+    if tokenizer.size > args.vocab_size:
+        raise ValueError(f"{folder}: {tokenizer.size} tokens, but config.json has a vocab_size of {args.vocab_size}")
     readers = read_weights(folder)
     wanted = set(places(args, tensors))
     # Tied embeddings are one tensor, under either name. Where both are there, both are kept: they may differ.
@@ -168,7 +184,7 @@ def convert(folder: Path, precision: str) -> Path:
         for name, read in terminal.progress(readers.items(), "converting"):
             copy(name, read, found[name])
 
-    header = {"config": asdict(args), "quantization": None, "chat": chat, "tokenizer": tokenizer.proto}
+    header = {"config": asdict(args), "quantization": None, "tokenizer": asdict(tokenizer)}
     write_checkpoint(folder / "model.pth", header, tensors, fill)
     return folder / "model.pth"
 

@@ -33,19 +33,19 @@ give_up() {
 
 # Say that repository $1 has no $2, without which it cannot be converted.
 refuse() {
-    echo "$1 has no $2: only Llama models with a sentencepiece tokenizer will do" >&2
+    echo "$1 has no $2: only Llama models in Hugging Face's layout will do" >&2
     exit 1
 }
 
 # Small files first: they say whether the repository can be had and converted. The weights in the first format it has.
 download() {
     local said name
-    local small=(config.json tokenizer.model tokenizer_config.json chat_template.jinja
-        model.safetensors.index.json pytorch_model.bin.index.json)
+    local small=(config.json generation_config.json tokenizer.model tokenizer.json tokenizer_config.json
+        added_tokens.json chat_template.jinja model.safetensors.index.json pytorch_model.bin.index.json)
     said=$(hf_download "$1" "${small[@]/#/--include=}" 2>&1) || give_up "$1" "$said"
-    for name in config.json tokenizer.model; do
-        [ -f "checkpoints/$1/$name" ] || refuse "$1" "$name"
-    done
+    [ -f "checkpoints/$1/config.json" ] || refuse "$1" config.json
+    [ -f "checkpoints/$1/tokenizer.model" ] || [ -f "checkpoints/$1/tokenizer.json" ] ||
+        refuse "$1" "tokenizer.model or tokenizer.json"
     for name in 'model[.-]*safetensors' 'pytorch_model[.-]*bin'; do
         said=$(hf_download "$1" --dry-run --include "$name" 2>&1) || give_up "$1" "$said"
         if [[ $'\n'$said == *$'\n'$name* ]]; then  # it lists them

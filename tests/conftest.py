@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 
 import pytest
@@ -20,11 +20,11 @@ from kernels.sampling import Sampling
 from model import ModelArgs, Transformer
 from quantize import quantize
 from scripts.convert_hf_checkpoint import convert
-from tokenizer import Tokenizer, text_decoder
+from tokenizer import of_sentencepiece, text_decoder
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "tests" / "demo"
-TOKENIZER = Tokenizer((DEMO / "target" / "tokenizer.model").read_bytes())
+TOKENIZER = of_sentencepiece((DEMO / "target" / "tokenizer.model").read_bytes())
 SCHEMES = {"int8": {"mode": "int8"}, "int4": {"mode": "int4", "groupsize": 32}}
 
 
@@ -50,10 +50,10 @@ def target(demo: dict[str, Path]) -> Transformer:
 
 @pytest.fixture
 def random_llama(tmp_path: Path) -> Callable:
-    """A function: config fields -> (transformers' random float32 Llama, the folder where it is saved)."""
-    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
+    """A function: config fields -> (transformers' random float32 model, the folder where it is saved)."""
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel  # noqa: PLC0415
 
-    def make(**fields) -> tuple[LlamaForCausalLM, Path]:
+    def make(model_type: str = "llama", **fields) -> tuple[PreTrainedModel, Path]:
         torch.manual_seed(0)
         shape = {
             "vocab_size": 2048,
@@ -65,7 +65,7 @@ def random_llama(tmp_path: Path) -> Callable:
             "max_position_embeddings": 128,
             "initializer_range": 0.1,
         }
-        reference = LlamaForCausalLM(LlamaConfig(**(shape | fields))).eval()
+        reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(shape | fields))).eval()
         with torch.no_grad():
             for parameter in reference.parameters():
                 if parameter.ndim == 1:
@@ -119,12 +119,12 @@ def generated(
     prompt: list[int],
     count: int,
     sampling: Sampling,
-    eos_id: int | None = None,
+    ends: Container[int] = (),
     speculation: Speculation | None = None,
 ) -> list[int]:
     """The ids that `generate` yields, after what the engine holds of the prompt."""
     engine.rewind(prompt)
-    return list(generate(engine, prompt, count, eos_id, sampling, speculation))
+    return list(generate(engine, prompt, count, ends, sampling, speculation))
 
 
 def run_cli(*words: object, check: bool = True, **environment: str) -> subprocess.CompletedProcess:

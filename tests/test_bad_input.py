@@ -27,7 +27,7 @@ from bad_input_cases import CASES, CONTEXT, FULL, Case, config, tensors, write_t
 from conftest import ROOT
 
 from scripts.convert_hf_checkpoint import convert
-from tokenizer import Tokenizer
+from tokenizer import of_sentencepiece
 
 SECONDS = 100  # a process that takes longer hangs
 CALLED = re.compile(r"python [^<>|;&=(]*")  # a command that needs no shell
@@ -111,7 +111,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config()(folder)
     tensors()(folder)
     convert(folder, "bfloat16")
-    assert len(Tokenizer((folder / "tokenizer.model").read_bytes()).encode(FULL)) == CONTEXT - 1
+    assert len(of_sentencepiece((folder / "tokenizer.model").read_bytes()).encode(FULL)) == CONTEXT - 1
     return folder
 
 

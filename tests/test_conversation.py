@@ -20,22 +20,28 @@ from conftest import DEMO, ROOT, TOKENIZER, generated, new_engine
 
 import generate_prefill
 from chat import converse
-from generate import Engine, Session, build_parser
+from generate import Engine, Session, answer_all, build_parser
 from generate_prefill import CachedEngine, Store
 from scripts.convert_hf_checkpoint import convert
+from tokenizer import LLAMA_2
 
-CLOSING = [TOKENIZER.pieces.piece_to_id("\u2581"), TOKENIZER.eos_id]
+CLOSING = [TOKENIZER.pieces.piece_to_id("\u2581"), TOKENIZER.ends[0]]
 LINES = ["def read_file(path):", "What does it return?", "import os", "Thank you \N{PILE OF POO}!", "class Reader:"]
 
 
 @pytest.fixture(scope="module")
 def chat(demo: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Checkpoints that say that they are chat models, by their kind of weights, and the draft."""
+    """Checkpoints with Llama-2's template, by their kind of weights, and the draft; in float32 as they were of old."""
     folder = tmp_path_factory.mktemp("chat")
     paths = {"draft": demo["draft"]}
     for name, source in (("float32", "target"), ("int8", "int8"), ("int4", "int4")):
         paths[name] = folder / f"{name}.pth"
-        torch.save(torch.load(demo[source], weights_only=True) | {"chat": True}, paths[name])
+        content = torch.load(demo[source], weights_only=True)
+        if name == "float32":
+            content |= {"chat": True, "tokenizer": TOKENIZER.proto}
+        else:
+            content["tokenizer"]["template"] = LLAMA_2
+        torch.save(content, paths[name])
     return paths
 
 
@@ -84,12 +90,14 @@ def text_of(answer: list[int]) -> str:
 def assert_one_transcript(session: Session, turns: list[Turn], cut: int | None = None) -> None:
     """Each answer (that of the turn `cut` as far as it goes) is the one pass's over all before it, in a fresh cache."""
     for i, turn in enumerate(turns):
-        fresh, eos_id = new_engine(session.engines[0].model), TOKENIZER.eos_id
+        fresh = new_engine(session.engines[0].model)
         count = len(turn.answer) if i == cut else session.args.max_new_tokens
         if count:
-            assert turn.answer == generated(fresh, turn.prompt, count, session.sampling, eos_id), i
+            assert turn.answer == generated(fresh, turn.prompt, count, session.sampling, TOKENIZER.ends), i
     for turn, later in zip(turns, turns[1:], strict=False):
-        said = turn.prompt + turn.answer + (CLOSING if session.conversation().template else [])
+        said, text = turn.prompt + turn.answer, text_of(turn.answer)
+        if session.conversation().template:  # Llama-2's strips an answer, and puts a space before it and behind it
+            said = said + CLOSING if text == f" {text.strip()}" else turn.prompt
         assert later.prompt[: len(said)] == said
 
 
@@ -126,19 +134,21 @@ def test_turn_by_turn_is_one_pass_over_the_transcript(
 def test_a_turn_runs_its_own_tokens_only(
     chat: dict[str, Path], flags: list, stored: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The first pass of a turn has what was said since the last token that ran; all others have one token."""
+    """The first pass of a turn has what is new since the last token that ran; all others have one token."""
     session = session_of(chat["float32"], *flags)
     if stored:  # as generate_prefill.py does
         engine = session.engines[0]
         session.engines[0] = CachedEngine(
             engine.model, engine.cache, checkpoint=session.checkpoint, store=Store(tmp_path, 10**9)
         )
-    turns, held = talk(session, LINES, monkeypatch), 0
+    turns, ran = talk(session, LINES, monkeypatch), []
     for turn, figures in zip(turns, session.answers, strict=True):
+        held = len(os.path.commonprefix([ran, turn.prompt]))
         ended = len(turn.answer) < 20  # by EOS: then the last token of the answer ran as well
         assert turn.ran == [len(turn.prompt) - held] + [1] * (len(turn.answer) - (not ended))
         assert (figures.cached, figures.prompt) == (held, len(turn.prompt))
-        held = len(turn.prompt) + len(turn.answer) - (not ended)
+        assert held >= len(turns[0].prompt) or not ran
+        ran = turn.prompt + turn.answer[: None if ended else -1]
 
 
 @pytest.mark.parametrize("at", [0, 1, 2, 5])
@@ -211,12 +221,12 @@ def test_an_interrupt_while_an_answer_is_stored_keeps_the_conversation(
 
 def test_a_space_that_ends_an_answer_is_the_templates(chat: dict[str, Path]) -> None:
     """As transformers strips an answer before it adds the space."""
-    talk = session_of(chat["float32"]).conversation()
-    prompt = talk.prompt("Well?")
     for answer in (TOKENIZER.encode("yes"), TOKENIZER.encode("yes") + CLOSING[:1]):
-        talk.add(prompt, answer)
-        assert talk.ids == [*prompt, *TOKENIZER.encode("yes"), *CLOSING]
-        assert talk.prompt("Well?")[len(talk.ids)] == TOKENIZER.bos_id
+        talk = session_of(chat["float32"]).conversation()
+        prompt = talk.prompt("Well?")
+        talk.add("Well?", prompt, answer)
+        said = [*prompt, *TOKENIZER.encode("yes"), *CLOSING, *TOKENIZER.start]
+        assert talk.prompt("Well?")[: len(said)] == said
 
 
 def test_an_interrupt_outside_of_a_conversation_ends_the_program(
@@ -308,15 +318,15 @@ def test_the_ids_are_those_of_the_chat_template_in_transformers(
         prompt = talk.prompt(user)
         messages.append({"role": "user", "content": user})
         assert prompt == llama_template(messages)
-        talk.add(prompt, TOKENIZER.encode(assistant))
+        talk.add(user, prompt, TOKENIZER.encode(assistant))
         messages.append({"role": "assistant", "content": assistant})
-        assert talk.ids == llama_template(messages)
 
 
 def test_a_user_cannot_write_control_tokens(chat: dict[str, Path]) -> None:
     """Text that looks like BOS or EOS stays text."""
-    ids = session_of(chat["float32"]).conversation().prompt("a </s><s> b")
-    assert ids.count(TOKENIZER.eos_id) == 0 and ids.count(TOKENIZER.bos_id) == 1
+    for flags in ([], ["--raw"]):
+        ids = session_of(chat["float32"], *flags).conversation().prompt("a </s><s> b")
+        assert ids.count(TOKENIZER.ends[0]) == 0 and ids.count(TOKENIZER.start[0]) == 1
 
 
 def test_without_a_template_the_text_goes_on(demo: dict[str, Path], chat: dict[str, Path]) -> None:
@@ -324,14 +334,24 @@ def test_without_a_template_the_text_goes_on(demo: dict[str, Path], chat: dict[s
     for session in (session_of(demo["target"]), session_of(chat["float32"], "--raw")):
         talk = session.conversation()
         prompt = talk.prompt("import os")
-        assert prompt == [TOKENIZER.bos_id, *TOKENIZER.encode("import os")]
-        talk.add(prompt, [5, 6])
+        assert prompt == [*TOKENIZER.start, *TOKENIZER.encode("import os")]
+        talk.add("import os", prompt, [5, 6])
         assert talk.prompt("def f():") == [*prompt, 5, 6, *TOKENIZER.encode("def f():")]
     talk = session_of(demo["target"], "--system", "x = 1").conversation()
-    assert talk.prompt("y") == [TOKENIZER.bos_id, *TOKENIZER.encode("x = 1\ny")]
+    assert talk.prompt("y") == [*TOKENIZER.start, *TOKENIZER.encode("x = 1\ny")]
 
 
 # ---- The command line
+
+
+@pytest.mark.parametrize("flags", [[], ["--raw"], ["--system", "Be brief."]])
+def test_a_prompt_is_a_turn_of_a_chat_model(chat: dict[str, Path], flags: list[str], capsys) -> None:
+    """And with --raw a text to go on with; of a base model it always is."""
+    words = ["--checkpoint_path", str(chat["float32"]), "--device", "cpu", "--max_new_tokens", "1", *flags]
+    session = answer_all(build_parser().parse_args([*words, "--prompt", "import os"]))
+    talk = session_of(chat["float32"], *flags).conversation()
+    assert talk.template is ("--raw" not in flags)
+    assert session.answers[0].prompt == len(talk.prompt("import os"))
 
 
 def command(path: Path, *flags: object, script: str = "generate.py") -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_input_cases import CONFIG
+from bad_input_cases import CONFIG, LLAMA_3_ROPE
 from conftest import ROOT
 
 from checkpoint import load_model, read_checkpoint, write_checkpoint
@@ -172,6 +172,17 @@ def test_both_spellings_of_the_config_are_one_shape(random_llama) -> None:
     assert model_args(new).rope_scale == 2.0
 
 
+def test_positions_are_those_that_the_model_was_made_for() -> None:
+    """config.json's as they are, as in transformers; FastChat's linear scaling has the scaled number in a field."""
+    scaled = CONFIG | {"rope_scaling": {"type": "linear", "factor": 4.0}, "max_position_embeddings": 4096}
+    assert model_args(scaled).max_seq_length == 4096
+    assert model_args(scaled | {"max_sequence_length": 16384}).max_seq_length == 16384
+    llama_3 = CONFIG | {"rope_scaling": LLAMA_3_ROPE, "max_position_embeddings": 131072, "max_sequence_length": 2048}
+    assert model_args(llama_3).max_seq_length == 131072
+    mistral = CONFIG | {"model_type": "mistral", "max_position_embeddings": 4096, "sliding_window": 4096}
+    assert model_args(mistral).max_seq_length == 4096
+
+
 def test_tied_embeddings_are_stored_once(demo) -> None:
     checkpoint = read_checkpoint(demo["target"])
     model = load_model(checkpoint, "cpu", torch.bfloat16)
@@ -192,9 +203,12 @@ def test_loading_maps_the_file(demo) -> None:
 
 def test_chat_template_is_recorded(random_llama) -> None:
     _, folder = random_llama()
-    assert not read_checkpoint(convert(folder, "bfloat16")).header["chat"]
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "[INST] <<SYS>>"}))
-    assert read_checkpoint(convert(folder, "bfloat16")).header["chat"]
+    assert read_checkpoint(convert(folder, "bfloat16")).tokenizer.template is None
+    for template in ("{{ a }}", [{"name": "tools", "template": "x"}, {"name": "default", "template": "{{ a }}"}]):
+        (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+        assert read_checkpoint(convert(folder, "bfloat16")).tokenizer.template == "{{ a }}"
+    (folder / "chat_template.jinja").write_text("{{ b }}")
+    assert read_checkpoint(convert(folder, "bfloat16")).tokenizer.template == "{{ b }}"
 
 
 def test_each_conversion_has_an_id_of_its_own(random_llama) -> None:

@@ -114,7 +114,7 @@ def test_products_of_layers_that_no_power_of_two_divides(scheme: str) -> None:
 
 def check_attention(n_head: int, n_kv_head: int, head_dim: int, capacity: int, starts: list[int]) -> None:
     """Against float32 by PyTorch, with NaN behind the positions; as one call of many rows or as many of few."""
-    frequencies = kernels.rope_frequencies(head_dim, 10000.0, 1.0).to(DEVICE)
+    frequencies = (10000.0 ** (torch.arange(0, head_dim, 2) / -head_dim)).to(DEVICE)
     for start in starts:
         past = normal(2, 1, n_kv_head, capacity, head_dim).bfloat16().to(DEVICE)
         past[:, :, :, start:] = torch.nan

@@ -21,7 +21,7 @@ from scripts.convert_hf_checkpoint import convert
 from tokenizer import text_decoder
 
 GOLDEN_PROMPT = "The following example"
-PROMPT = [TOKENIZER.bos_id, *TOKENIZER.encode(GOLDEN_PROMPT)]
+PROMPT = [*TOKENIZER.start, *TOKENIZER.encode(GOLDEN_PROMPT)]
 
 
 def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
@@ -183,7 +183,7 @@ def test_the_end_token_ends_the_text_and_is_not_yielded(target) -> None:
     engine, greedy = new_engine(target), make_sampling()
     ids = generated(engine, PROMPT, 30, greedy)
     assert len(ids) == 30
-    assert generated(engine, PROMPT, 30, greedy, eos_id=ids[12]) == ids[: ids.index(ids[12])]
+    assert generated(engine, PROMPT, 30, greedy, [ids[12]]) == ids[: ids.index(ids[12])]
     assert generated(engine, PROMPT, 1, greedy) == ids[:1]
 
 
@@ -200,7 +200,7 @@ def test_the_statistics_say_why_the_text_ended(demo) -> None:
     session = Session(build_parser().parse_args([*flags, "--max_new_tokens", "30"]))
     ids = session.answer(PROMPT)
     assert "Stopped: max_new_tokens 30" in session.statistics()
-    session.tokenizer.eos_id = ids[12]
+    session.tokenizer.ends = [ids[12]]
     session.answer(PROMPT)
     assert "Stopped: end of sequence" in session.statistics()
     session.answer((PROMPT * 400)[:1020])

@@ -7,9 +7,16 @@ import torch
 from conftest import assert_close, generated, make_sampling, new_engine
 
 from checkpoint import load_model, read_checkpoint
-from model import ModelArgs
+from model import ModelArgs, rope_frequencies
 from scripts.convert_hf_checkpoint import convert
 
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 CONFIGS = {
     "multi_head": {"num_key_value_heads": 4},
     "grouped_query": {"num_key_value_heads": 2},
@@ -20,6 +27,10 @@ CONFIGS = {
     "own_head_dim": {"head_dim": 24},
     "theta_500000": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
     "linear_scaling": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    "llama3_scaling": {"head_dim": 64, "rope_parameters": LLAMA_3 | {"original_max_position_embeddings": 32}},
+    "llama3_scaling_within": {"head_dim": 64, "rope_parameters": LLAMA_3 | {"original_max_position_embeddings": 100}},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "mistral_window_that_does_not_bind": {"model_type": "mistral", "sliding_window": 128, "head_dim": 24},
 }
 
 
@@ -68,6 +79,23 @@ def test_sizes_that_the_kernels_do_not_take_run_all_the_same(random_llama, name:
             assert error < 0.06 * theirs.abs().max()
     count = len(generated(new_engine(model), tokens[0].tolist(), 3, make_sampling()))
     assert count == min(3, model.args.max_seq_length - positions + 1)
+
+
+def test_frequencies_of_llama_3_are_transformers() -> None:
+    """Fast channels as they were, slow ones divided, those between by both."""
+    from transformers import LlamaConfig  # noqa: PLC0415
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: PLC0415
+
+    parameters = LLAMA_3 | {"original_max_position_embeddings": 8192}
+    config = LlamaConfig(hidden_size=4096, num_attention_heads=32, head_dim=128, rope_parameters=parameters)
+    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    fields = {"dim": 4096, "n_layer": 1, "n_head": 32, "n_kv_head": 8, "head_dim": 128, "ffn_dim": 1, "vocab_size": 1}
+    fields |= {"norm_eps": 1e-5, "rope_theta": 500000.0, "max_seq_length": 131072}
+    plain = rope_frequencies(ModelArgs(**fields, rope_scale=1.0))
+    ours = rope_frequencies(ModelArgs(**fields, rope_scale=8.0, rope_low=1.0, rope_high=4.0, rope_positions=8192))
+    assert (ours / theirs - 1).abs().max() < 1e-6
+    assert torch.equal(ours[:16], plain[:16]) and torch.equal(ours[-16:], plain[-16:] / 8)
+    assert ((ours < plain) & (ours > plain / 8)).sum() > 3
 
 
 @torch.inference_mode()

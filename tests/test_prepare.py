@@ -22,6 +22,7 @@ import torch
 from conftest import DEMO, ROOT
 from safetensors.torch import save
 
+from checkpoint import read_checkpoint
 from scripts.convert_hf_checkpoint import read_safetensors
 
 REPO = "someone/llama-tiny"
@@ -30,10 +31,11 @@ FOLDER = Path("checkpoints", REPO)
 WROTE = f"wrote {FOLDER}/model.pth"
 TEXTS = {name: (DEMO / "draft" / name).read_bytes() for name in ("config.json", "tokenizer.model")}
 TENSORS = {name: read() for name, read in read_safetensors(DEMO / "draft" / "model.safetensors")}
-CHAT = {"tokenizer_config.json": b"{}", "chat_template.jinja": b"{{ '<<SYS>>' }}"}
+CHAT = {"tokenizer_config.json": b"{}", "chat_template.jinja": b"{{ '<<SYS>>' }}", "generation_config.json": b"{}"}
+CHAT |= {"tokenizer.json": b"{}", "added_tokens.json": b"{}"}
 UNUSED = dict.fromkeys(
     [
-        ".gitattributes", "README.md", "tokenizer.json", "modeling.py", "training_args.bin", "consolidated.00.pth",
+        ".gitattributes", "README.md", "vocab.json", "modeling.py", "training_args.bin", "consolidated.00.pth",
         "original/consolidated.00.pth", "original/model.safetensors", "onnx/model.onnx", "onnx/config.json",
     ],
     b"of no use",
@@ -225,13 +227,13 @@ def test_one_format_of_weights_is_fetched_and_nothing_that_is_not_read(
     wanted = TEXTS | CHAT | taken
     assert sorted(without_indices(hub.fetched)) == sorted(without_indices(wanted))
     assert wanted.keys() <= set(hub.fetched)
-    assert torch.load(project / FOLDER / "model.pth", weights_only=True)["chat"] is True
+    assert read_checkpoint(project / FOLDER / "model.pth").tokenizer.template == "{{ '<<SYS>>' }}"
 
 
 @pytest.mark.parametrize(
     "name, says",
     [
-        ("tokenizer.model", "no tokenizer.model ... sentencepiece"),
+        ("tokenizer.model", "no tokenizer.model or tokenizer.json"),
         ("config.json", "no config.json"),
         ("model.safetensors", "no weights in safetensors or .bin"),
     ],

@@ -24,7 +24,7 @@ from checkpoint import GROUPSIZES, load_model, read_checkpoint, write_checkpoint
 from model import ModelArgs
 from quantize import quantize, quantize_int4, quantize_int8
 
-PROMPT = [TOKENIZER.bos_id, *TOKENIZER.encode("The return value is")]
+PROMPT = [*TOKENIZER.start, *TOKENIZER.encode("The return value is")]
 ROWS = (1, 2, 7, 8, 9, 16, 17, 64)
 
 
@@ -150,7 +150,7 @@ def test_what_is_kept_of_held_out_text(mode: str, demo, quantized, held_out: str
 def test_figures_are_those_of_a_plain_pass(demo: dict[str, Path], held_out: str) -> None:
     """Those of a text of one window, computed here from the definitions."""
     original, other, text = read_checkpoint(demo["target"]), read_checkpoint(demo["draft"]), held_out[:600]
-    ids = torch.tensor([TOKENIZER.bos_id, *TOKENIZER.encode(text)])
+    ids = torch.tensor([*TOKENIZER.start, *TOKENIZER.encode(text)])
     assert len(ids) < 512
     positions, logits = torch.arange(len(ids) - 1), []
     for checkpoint in (original, other):
@@ -175,7 +175,7 @@ def test_windows_are_summed_and_an_original_equals_itself(demo: dict[str, Path],
     assert len(ids) > 2 * 511
     model, losses = load_model(draft, "cpu", torch.float32), []
     for start in range(0, len(ids), 511):
-        window = torch.tensor([TOKENIZER.bos_id, *ids[start : start + 511]])
+        window = torch.tensor([*TOKENIZER.start, *ids[start : start + 511]])
         with torch.inference_mode():
             logits = model(window[None, :-1], torch.arange(len(window) - 1), model.make_cache(512))[0]
         losses.append(F.cross_entropy(logits, window[1:], reduction="none"))

@@ -15,7 +15,7 @@ from checkpoint import load_model, read_checkpoint
 from generate import Engine, Speculation, prompt_lookup
 from model import Transformer
 
-PROMPT = [TOKENIZER.bos_id, *TOKENIZER.encode("def read_file(path):\n    with open(path) as file:\n        return")]
+PROMPT = [*TOKENIZER.start, *TOKENIZER.encode("def read_file(path):\n    with open(path) as file:\n        return")]
 WEIGHTS = ("float32", "bfloat16", "int8", "int4")
 CHOICES = {
     "temperature": (0.0, 0.5, 0.8, 1.0, 1.5),
@@ -142,7 +142,7 @@ def test_end_of_sequence_inside_an_accepted_run_ends_there(target: Transformer) 
     ids = generated(engine, PROMPT, 40, make_sampling())
     for eos_id in {ids[7], ids[12], ids[20]}:
         speculation = Steady(new_engine(target).guess, 12)
-        assert generated(engine, PROMPT, 40, make_sampling(), eos_id, speculation) == ids[: ids.index(eos_id)]
+        assert generated(engine, PROMPT, 40, make_sampling(), [eos_id], speculation) == ids[: ids.index(eos_id)]
 
 
 def test_no_more_tokens_than_were_asked_for(target: Transformer) -> None:

@@ -57,7 +57,7 @@ def folder(demo: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
         quantize(original, {"mode": "int8"}, "cpu", folder / f"{name}_int8.pth")
         for size in GROUPSIZES:
             quantize(original, {"mode": "int4", "groupsize": size}, "cpu", folder / f"{name}_int4.g{size}.pth")
-    prompts = [[TOKENIZER.bos_id], [TOKENIZER.bos_id, *TOKENIZER.encode(TEXT)]]
+    prompts = [TOKENIZER.start, [*TOKENIZER.start, *TOKENIZER.encode(TEXT)]]
     (folder / "prompts.json").write_text(json.dumps(prompts))
     return folder
 

