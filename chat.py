@@ -25,8 +25,9 @@ class Conversation:
 
     def with_turn(self, text: str) -> list[dict]:
         """The messages so far and `text` of the user's, behind the system's where it is the first."""
-        first = [{"role": "system", "content": self.system}] if self.system else []
-        return [*(self.messages or first), {"role": "user", "content": text}]
+        quote = self.tokenizer.quote
+        first = [{"role": "system", "content": quote(self.system)}] if self.system else []
+        return [*(self.messages or first), {"role": "user", "content": quote(text)}]
 
     def kept(self, rendered: str) -> tuple[int, int]:
         """How many of the ids say what `rendered` begins with, and how many of its characters that are.
@@ -39,8 +40,9 @@ class Conversation:
         kept = len(self.ids) - len(self.answer), end
         decoder = text_decoder()
         for count, token in enumerate(self.answer, kept[0] + 1):
-            piece = decoder.decode(self.tokenizer.bytes_of(token))
-            if not rendered.startswith(piece, end):
+            said = self.tokenizer.bytes_of(token)
+            piece = decoder.decode(said)
+            if not said or not rendered.startswith(piece, end):
                 break
             end += len(piece)
             if not decoder.getstate()[0]:  # no byte of it waits
@@ -52,7 +54,7 @@ class Conversation:
         if self.template:
             rendered = self.tokenizer.render(self.with_turn(text))
             count, end = self.kept(rendered)
-            ids = self.ids[:count] + self.tokenizer.encode_rendered(rendered[end:], start=count == 0)
+            ids = self.tokenizer.encode_rendered(rendered[end:], self.ids[:count])
         else:
             before = f"{self.system}\n" if self.system and not self.ids else ""
             ids = (self.ids or self.tokenizer.start) + self.tokenizer.encode(before + text)

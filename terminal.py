@@ -85,6 +85,8 @@ def reading(name: Path | str, cure: str) -> Iterator[None]:
         raise
     except Exception as error:  # there is no end to what damaged files make parsers raise
         if type(error) is ValueError:
+            if str(error).startswith(str(name)):
+                raise
             raise ValueError(f"{name}: {error}") from error
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise ValueError(f"{name}: {reason.split('. ')[0][:200]}; {cure}") from error

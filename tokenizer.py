@@ -1,10 +1,13 @@
 """Text to token ids and back: both kinds of tokenizer, chat templates, text that is streamed as it comes."""
 
 import codecs
+import json
 import re
 import terminal
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 
 import sentencepiece
 from jinja2 import TemplateError
@@ -12,7 +15,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 # One replacement character for each byte that belongs to none, as sentencepiece has it.
 codecs.register_error("replace each byte", lambda error: ("\ufffd" * (error.end - error.start), error.end))
-NO_PREFIX = b"\x1a\x02\x18\x00"  # appended to a sentencepiece model: it puts no space before a text
+# Appended to a sentencepiece model: it puts no space before a text, and takes none away.
+AS_IT_IS = b"\x1a\x04\x18\x00\x20\x00"
 QUOTE = "\udfff"  # before a character: no token begins there that is not of the vocabulary. No text in UTF-8 has it
 # GPT-2's character for each byte: itself where it is printable, the others from 256 on.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -60,7 +64,7 @@ class Tokenizer:
 
     def __post_init__(self) -> None:
         self.pieces = sentencepiece.SentencePieceProcessor(model_proto=self.proto)
-        self.inner = sentencepiece.SentencePieceProcessor(model_proto=self.proto + NO_PREFIX)
+        self.inner = sentencepiece.SentencePieceProcessor(model_proto=self.proto + AS_IT_IS)
         self.size = self.pieces.vocab_size()
         if self.splits is not None:
             self.size -= 1
@@ -69,35 +73,39 @@ class Tokenizer:
             self.alphabet = ALPHABET | dict.fromkeys(unknown)  # the library tokenizers leaves these bytes out
         self.start = [self.added[self.bos]] if self.begins and self.bos in self.added else []
         self.tokens = re.compile(f"(?<!{QUOTE})({any_of(self.added)})")
-        template = self.template or ""
-        self.control = re.compile(any_of(text for text in self.added if text in self.special or text in template))
+        self.control = re.compile(any_of(filter(self.controls, self.added)))
         sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         sandbox.add_extension("jinja2.ext.loopcontrols")
         sandbox.globals |= {"raise_exception": refuse, "bos_token": self.bos, "eos_token": self.eos}
-        self.chat = sandbox.from_string(template)
+        sandbox.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+        self.chat = sandbox.from_string(self.template or "")
+
+    def controls(self, text: str) -> bool:
+        """Whether the added token `text` may control a chat: it is special, ends answers, or looks like markup."""
+        known = text in self.special or self.added[text] in self.ends or text in (self.template or "")
+        return known or (text[0] in "<[" and text[-1] in ">]")
 
     def quote(self, text: str) -> str:
         """`text` as it may stand in a rendered template: none of the tokens that control a chat is in it."""
         return self.control.sub(lambda found: "".join(QUOTE + character for character in found[0]), text)
 
     def render(self, messages: list[dict]) -> str:
-        """The chat template of `messages` with `role` and `content`, up to where the next answer begins.
+        """The chat template of `messages` with `role` and quoted `content`, up to where the next answer begins.
 
-        As transformers renders it, but what was said is quoted, and there is no clock: the same text every day.
+        As transformers renders it, but without a clock: the same text every day.
         """
-        quoted = [message | {"content": self.quote(message["content"])} for message in messages]
         with terminal.reading("the chat template", "--raw does without it"):
-            return self.chat.render(messages=quoted, add_generation_prompt=True, tools=None, documents=None)
+            return self.chat.render(messages=messages, add_generation_prompt=True, tools=None, documents=None)
 
-    def encode_rendered(self, text: str, start: bool = True) -> list[int]:
-        """The ids of a rendered template, or of what follows one (not `start`), with the added tokens in it."""
-        ids = []
+    def encode_rendered(self, text: str, before: list[int] = ()) -> list[int]:
+        """The ids `before` and those of a rendered text behind them, with the added tokens in it."""
+        ids = list(before)
         for part in self.tokens.split(text):
             if part in self.added:
                 ids.append(self.added[part])
             elif part:
-                pieces = self.pieces if (self.legacy if ids else start) else self.inner
-                ids += self.encode_part(part.replace(QUOTE, ""), pieces)
+                begins = not ids or (self.legacy and ids[-1] in self.added.values())
+                ids += self.encode_part(part.replace(QUOTE, ""), self.pieces if begins else self.inner)
         return ids
 
     def encode_part(self, text: str, pieces: sentencepiece.SentencePieceProcessor) -> list[int]:
@@ -111,7 +119,8 @@ class Tokenizer:
         found = pieces.encode(words, num_threads=1)
         if self.whole_words:
             tokens = pieces.piece_to_id(words)
-            found = [ids if token == self.size else [token] for ids, token in zip(found, tokens, strict=True)]
+            other = {self.size, *self.added.values()}
+            found = [ids if token in other else [token] for ids, token in zip(found, tokens, strict=True)]
         return [token for ids in found for token in ids]
 
     def encode(self, text: str) -> list[int]:
@@ -128,8 +137,14 @@ class Tokenizer:
         return bytes([int(piece[3:5], 16)]) if self.pieces.is_byte(token) else self.inner.decode([token]).encode()
 
     def message(self, ids: list[int]) -> str:
-        """The text of an answer as a template is given it: without the space that sentencepiece begins words with."""
-        text = b"".join(map(self.bytes_of, ids)).decode("utf-8", "replace each byte")
+        """The text of an answer as a template is given it, quoted, without the space that sentencepiece begins it with.
+
+        An added token that is shown stays one; it is no spelling of it.
+        """
+        text = ""
+        for added, run in groupby(ids, lambda token: token in self.added.values()):
+            said = b"".join(map(self.bytes_of, run)).decode("utf-8", "replace each byte")
+            text += said if added else self.quote(said)
         return text.removeprefix(" ") if self.splits is None else text
 
     def vocabulary(self) -> list[str]:

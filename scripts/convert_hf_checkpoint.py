@@ -66,8 +66,8 @@ def model_args(config: dict) -> ModelArgs:
     positions = config.get("max_position_embeddings", 2048)  # transformers' default
     if rope_type == "linear":  # FastChat's models have the scaled number in a field of their own
         positions = max(positions, config.get("max_sequence_length", 0))
-    if config["model_type"] == "mistral" and (config.get("sliding_window") or positions) < positions:
-        raise ValueError(f"sliding_window = {config['sliding_window']} within {positions} positions is not supported")
+    if config["model_type"] == "mistral" and (config.get("sliding_window", 4096) or positions) < positions:
+        raise ValueError(f"a sliding_window that is less than {positions} positions is not supported")
     args = ModelArgs(dim, n_layer, n_head, n_kv_head, head_dim, ffn_dim, vocab_size, norm_eps, theta, scale, positions)
     if rope_type == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
@@ -77,10 +77,11 @@ def model_args(config: dict) -> ModelArgs:
 
 def eos_ids(config: dict) -> set[int]:
     """The tokens that end an answer, of which a config has none, one or a list."""
-    ids = config.get("eos_token_id")
-    if ids is None:
-        return set()
-    return set(ids) if isinstance(ids, list) else {ids}
+    said = config.get("eos_token_id")
+    ids = said if isinstance(said, list) else [said]
+    if said is not None and not all(isinstance(token, int) for token in ids):
+        raise ValueError(f"eos_token_id = {said!r}: it must be a number or a list of numbers")
+    return set(ids) - {None}
 
 
 def read_safetensors(path: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:

@@ -9,7 +9,7 @@ import json
 import re
 import struct
 import terminal
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +17,7 @@ from sys import maxunicode
 from unicodedata import category
 
 import tokenizer
-from tokenizer import Tokenizer
+from tokenizer import ALPHABET, AS_IT_IS, Tokenizer
 
 KINDS = "a tokenizer.model of sentencepiece is needed, or a tokenizer.json of byte-level BPE"
 GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -60,7 +60,7 @@ def members(group: str) -> str:
 
 def translate(pattern: str) -> str:
     """The regular expression `pattern` of tokenizer.json in Python's words. ValueError where it has no equal."""
-    if foreign := re.search(r"\\(?![psSrntd])\w|\[:|&&", pattern):
+    if foreign := re.search(r"\\(?![psSrntd])\w|\[(\\.|[^]\\])*\[|&&", pattern):
         raise ValueError(f"{foreign[0]} in the pre-tokenizer's {pattern!r} is not supported")
 
     def spell(found: re.Match) -> str:
@@ -69,7 +69,9 @@ def translate(pattern: str) -> str:
         return f"[{members(found[0])}]"
 
     spelled = re.sub(rf"\[(?:\\.|[^]])*\]|{GROUP.pattern}", spell, pattern.replace(r"\S", r"[^\s]"))
-    return re.compile(spelled).pattern
+    if re.compile(spelled).groups:
+        raise ValueError(f"the group in the pre-tokenizer's {pattern!r} is not supported")
+    return spelled
 
 
 def splits(node: dict) -> list[str]:
@@ -118,9 +120,20 @@ def last_parts(token: str, ranks: dict[str, int]) -> tuple[str, ...]:
 
 
 def of_sentencepiece(path: Path, texts: dict[int, str], config: dict) -> dict:
-    """The fields of a Tokenizer by a tokenizer.model; tokens of `texts` beyond its pieces are added to these."""
+    """The fields of a Tokenizer by a tokenizer.model that finds none of `texts` in a text by itself.
+
+    Those beyond its pieces are added to them. Those of type USER_DEFINED become CONTROL: a piece is its text, its score
+    if it has one, its type.
+    """
     plain = tokenizer.of_sentencepiece(path.read_bytes())
-    proto = plain.proto + pieces(range(plain.size, max(texts, default=0) + 1), texts, {})
+    proto = plain.proto
+    for text in texts.values():
+        head = re.escape(bytes([0x0A, len(text.encode()) & 127]) + text.encode())
+        user_defined = head + rb"(\x15.{4})?\x18\x04"
+        proto = re.sub(user_defined, lambda found: found[0][:-1] + bytes([CONTROL]), proto, flags=re.DOTALL)
+    proto += pieces(range(plain.size, max(texts, default=0) + 1), texts, {})
+    if config.get("add_prefix_space") is False:
+        proto += AS_IT_IS
     return asdict(plain) | {"proto": proto, "legacy": config.get("legacy", True)}
 
 
@@ -130,6 +143,9 @@ def of_byte_level(described: dict, texts: dict[int, str]) -> dict:
     check(described, {"normalizer": [None, {"type": "Sequence", "normalizers": []}]})
     check(described["decoder"], {"type": ["ByteLevel"]})
     check(model, MODEL)
+    steps = described["pre_tokenizer"].get("pretokenizers", [described["pre_tokenizer"]])
+    if [step["type"] == "ByteLevel" for step in steps] != [False] * (len(steps) - 1) + [True]:
+        raise ValueError(f"the pre-tokenizer {described['pre_tokenizer']} is not supported: ByteLevel must be its end")
     merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
     made = [token for token, _ in groupby(left + right for left, right in merges)]
     ranks = {token: rank for rank, token in enumerate(made)}
@@ -137,12 +153,14 @@ def of_byte_level(described: dict, texts: dict[int, str]) -> dict:
     if len(ranks) < len(made) or not {parts for parts in last if len(parts) == 2} <= set(merges):
         raise ValueError("the merges do not follow from the order of the tokens that they make, which is not supported")
     ranks |= {text: 0 for text in model["vocab"] if len(text) == 1}
+    if model.get("unk_token") and any(chr(code) not in ranks for code in ALPHABET.values()):
+        raise ValueError("unk_token with a vocabulary that lacks some bytes is not supported")
     texts = {token: text for text, token in model["vocab"].items()} | texts
     proto = pieces(range(max(texts) + 1), texts, ranks) + UNKNOWN_BYTE + BPE_MODEL
     processor = described.get("post_processor") or {}
     singles = [each.get("single") for each in processor.get("processors", [processor])]
-    begins = any("SpecialToken" in single[0] for single in singles if single)
-    fields = {"proto": proto, "added": {}, "special": [], "bos": "", "eos": "", "begins": begins}
+    first = [single[0]["SpecialToken"]["id"] for single in singles if single and "SpecialToken" in single[0]]
+    fields = {"proto": proto, "added": {}, "special": [], "bos": "".join(first), "eos": "", "begins": bool(first)}
     return fields | {"splits": splits(described["pre_tokenizer"]), "whole_words": model.get("ignore_merges", False)}
 
 
@@ -153,28 +171,33 @@ def added_tokens(folder: Path, described: dict, config: dict) -> dict[str, dict]
     entries += described.get("added_tokens", [])
     for entry in entries:
         check(entry, ADDED)
+        if not isinstance(entry["id"], int) or entry["id"] < 0:
+            raise ValueError(f"{entry} is no token")
     return {entry["content"]: entry for entry in entries}
 
 
 def chat_template(folder: Path, config: dict) -> str | None:
-    """The chat template in `folder`: a file of its own, or what tokenizer_config.json has, of several the default."""
+    """The chat template in `folder`: a file of its own, or what tokenizer_config.json has, of several the default.
+
+    transformers' tag {% generation %} marks what a model learns from; here it does nothing.
+    """
     file = folder / "chat_template.jinja"
-    if file.exists():
-        return terminal.decode_text(file.read_bytes(), str(file))
-    template = config.get("chat_template")
+    template = terminal.decode_text(file.read_bytes(), str(file)) if file.exists() else config.get("chat_template")
     if isinstance(template, list):
-        return {each["name"]: each["template"] for each in template}.get("default")
-    return template
+        template = {each["name"]: each["template"] for each in template}.get("default")
+    if template is None:
+        return None
+    template = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", template)
+    return re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", template)
 
 
-def read_tokenizer(folder: Path, vocab_size: int, ends: set[int]) -> Tokenizer:
-    """The tokenizer in `folder` of a model of that `vocab_size`. An answer ends at one of `ends`, or at its own EOS."""
-    config = read_json(folder / "tokenizer_config.json")
+def of_files(folder: Path, config: dict, vocab_size: int, ends: set[int]) -> dict:
+    """The fields of a Tokenizer but its template, by tokenizer_config.json and the other files in `folder`."""
     described = read_json(folder / "tokenizer.json")
     entries = {text: each for text, each in added_tokens(folder, described, config).items() if each["id"] < vocab_size}
     texts = {entry["id"]: text for text, entry in entries.items()}
     path = folder / "tokenizer.model"
-    if described and not path.exists():
+    if described and ("ByteLevel" in str(described.get("decoder")) or not path.exists()):
         with terminal.reading(folder / "tokenizer.json", KINDS):
             fields = of_byte_level(described, texts)
     else:
@@ -182,13 +205,21 @@ def read_tokenizer(folder: Path, vocab_size: int, ends: set[int]) -> Tokenizer:
             fields = of_sentencepiece(path, texts, config)
     fields["added"] |= {text: token for token, text in texts.items()}
     fields["special"] += [text for text, entry in entries.items() if entry.get("special", True)]
-    fields["template"] = chat_template(folder, config)
     for name in ("bos", "eos"):
         if token := config.get(f"{name}_token"):
             fields[name] = token["content"] if isinstance(token, dict) else token
     if config.get("add_bos_token") is not None:
         fields["begins"] = config["add_bos_token"]
     fields["ends"] = sorted(ends | {token for text, token in fields["added"].items() if text == fields["eos"]})
+    return fields
+
+
+def read_tokenizer(folder: Path, vocab_size: int, ends: set[int]) -> Tokenizer:
+    """The tokenizer in `folder` of a model of that `vocab_size`. An answer ends at one of `ends`, or at its own EOS."""
+    with terminal.reading(folder, "the files of its tokenizer are damaged: download them again"):
+        config = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
+        template = chat_template(folder, config)
+        plain = Tokenizer(**of_files(folder, config, vocab_size, ends))
     with terminal.reading("the chat template", "mend or delete it"):
-        (fields["template"] or "").encode()  # a lone surrogate
-        return Tokenizer(**fields)
+        (template or "").encode()  # ValueError for a lone surrogate
+        return replace(plain, template=template)

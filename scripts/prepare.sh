@@ -41,7 +41,7 @@ refuse() {
 download() {
     local said name
     local small=(config.json generation_config.json tokenizer.model tokenizer.json tokenizer_config.json
-        added_tokens.json chat_template.jinja model.safetensors.index.json pytorch_model.bin.index.json)
+        added_tokens.json special_tokens_map.json chat_template.jinja model.safetensors.index.json pytorch_model.bin.index.json)
     said=$(hf_download "$1" "${small[@]/#/--include=}" 2>&1) || give_up "$1" "$said"
     [ -f "checkpoints/$1/config.json" ] || refuse "$1" config.json
     [ -f "checkpoints/$1/tokenizer.model" ] || [ -f "checkpoints/$1/tokenizer.json" ] ||

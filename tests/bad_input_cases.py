@@ -241,6 +241,8 @@ POSITIVE = "must be a positive number below 2**31"
 WHOLE = "give a directory in Hugging Face layout, downloaded whole"
 DOWNLOAD = "damaged or no file of weights: download it again"
 PIECES = "a tokenizer.model of sentencepiece is needed, or a tokenizer.json of byte-level BPE"
+TOKENIZER_FILES = "the files of its tokenizer are damaged: download them again"
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 SHORTEN = "but a context of 64: shorten"
 SHAPES_OF_16 = "floating point of 16 bits or more, which is all that is supported"
 UTF8 = "'utf-8' codec can't decode ... give some text in UTF-8"
@@ -415,9 +417,17 @@ CONFIG_JSON = {  # what the converter says of config.json
     "rope_theta a list": (f"rope_theta = [1] in the config: it {POSITIVE}", config(rope_theta=[1])),
     "model_type": ("model_type = 'qwen2' is not supported: this program runs plain Llama", config(model_type="qwen2")),
     "a window that binds": (
-        "sliding_window = 32 within 64 positions is not supported",
+        "a sliding_window that is less than 64 positions is not supported",
         config(model_type="mistral", sliding_window=32),
     ),
+    "a window that is not named": (
+        "a sliding_window that is less than 32768 positions is not supported",
+        config(model_type="mistral", max_position_embeddings=32768),
+    ),
+    **{
+        f"eos_token_id {said!r}": ("it must be a number or a list of numbers", config(eos_token_id=said))
+        for said in ("</s>", [2, None], 2.5, {"id": 2})
+    },
     "attention_bias": ("attention_bias = True is not supported: this program runs", config(attention_bias=True)),
     "mlp_bias": ("mlp_bias = True is not supported: this program runs plain Llama", config(mlp_bias=True)),
     "hidden_act": ("hidden_act = 'gelu' is not supported: this program runs plain", config(hidden_act="gelu")),
@@ -471,8 +481,8 @@ TOKENIZER = {  # what the converter says of the tokenizer's files
         write("chat_template.jinja", "{% for %}"),
     ),
     "a template of another engine's": (
-        "the chat template: TemplateSyntaxError: Encountered unknown tag 'generation' ... mend or delete it",
-        write("chat_template.jinja", "{% generation %}{% endgeneration %}"),
+        "the chat template: TemplateSyntaxError: Encountered unknown tag 'think' ... mend or delete it",
+        write("chat_template.jinja", "{% think %}{% endthink %}"),
     ),
     "a template that is not text": (
         "chat_template.jinja: ... 'utf-8' codec can't decode",
@@ -491,10 +501,39 @@ TOKENIZER = {  # what the converter says of the tokenizer's files
     "byte_fallback": ("byte_fallback = True is not supported", byte_level(model={"byte_fallback": True})),
     "dropout": ("dropout = 0.1 is not supported", byte_level(model={"dropout": 0.1})),
     "a normalizer": ("normalizer = {'type': 'NFC'} is not supported", byte_level(normalizer={"type": "NFC"})),
-    "no pre-tokenizer": (f"tokenizer.json: TypeError: ... {PIECES}", byte_level(pre_tokenizer=None)),
+    "no pre-tokenizer": (f"tokenizer.json: AttributeError: ... {PIECES}", byte_level(pre_tokenizer=None)),
+    "a pre-tokenizer with ByteLevel before its end": (
+        "is not supported: ByteLevel must be its end",
+        byte_level(pre_tokenizer={"type": "Sequence", "pretokenizers": [BYTES, {"type": "Digits"}]}),
+    ),
+    "a pre-tokenizer without ByteLevel": (
+        "is not supported: ByteLevel must be its end",
+        byte_level(pre_tokenizer={"type": "Digits", "individual_digits": True}),
+    ),
+    "an unknown token, and bytes without one": (
+        "unk_token with a vocabulary that lacks some bytes is not supported",
+        byte_level(model={"unk_token": "a", "vocab": {"a": 0, "b": 1}, "merges": []}),
+    ),
+    **{
+        f"{name} {content}": (says, all_of(byte_level(), write(name, content)))
+        for name, content, says in (
+            ("tokenizer_config.json", '{"added_tokens_decoder": null}', TOKENIZER_FILES),
+            ("tokenizer_config.json", '{"added_tokens_decoder": {"3": "x"}}', TOKENIZER_FILES),
+            ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "x"}}}', "invalid literal for int()"),
+            ("tokenizer_config.json", '{"added_tokens_decoder": {"-3": {"content": "x"}}}', "is no token"),
+            ("tokenizer_config.json", '{"bos_token": {"x": 1}}', TOKENIZER_FILES),
+            ("tokenizer_config.json", '{"chat_template": ["x"]}', TOKENIZER_FILES),
+            ("tokenizer_config.json", '{"chat_template": 3}', TOKENIZER_FILES),
+            ("added_tokens.json", '{"x": "3"}', "is no token"),
+        )
+    },
+    "chat_template.jinja a directory": (
+        f"Is a directory; {TOKENIZER_FILES}",
+        lambda folder: (folder / "chat_template.jinja").mkdir(),
+    ),
     "an unknown pre-tokenizer": (
         "the pre-tokenizer {'type': 'Metaspace'} is not supported",
-        byte_level(pre_tokenizer={"type": "Metaspace"}),
+        byte_level(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Metaspace"}, BYTES]}),
     ),
     "a pre-tokenizer that adds a space": (
         "the pre-tokenizer {'type': 'ByteLevel', 'add_prefix_space': True} is not supported",
@@ -503,8 +542,15 @@ TOKENIZER = {  # what the converter says of the tokenizer's files
     "BPE of characters": ("type = 'Metaspace' is not supported", byte_level(decoder={"type": "Metaspace"})),
     **{
         f"a split by {pattern}": (f"{says} in the pre-tokenizer's ... is not supported", byte_level(split=pattern))
-        for pattern, says in ((r"\w+", r"\w"), ("[[:alpha:]]", "[:"), ("[a-z&&[^b]]", "&&"), (r"\bx", r"\b"))
+        for pattern, says in (
+            (r"\w+", r"\w"),
+            ("[[:alpha:]]", "[["),
+            ("[a-z&&b]", "&&"),
+            (r"\bx", r"\b"),
+            ("[a[b]]", "[a["),
+        )
     },
+    "a split with a group": ("the group in the pre-tokenizer's ... is not supported", byte_level(split="(a)|b")),
     "a split by a script": (f"tokenizer.json: error: bad escape \\p ... {PIECES}", byte_level(split=r"\p{Han}+")),
     "merges of another order": ("the merges do not follow from the order", byte_level(turned=True)),
     "vocabulary a list": (f"tokenizer.json: TypeError: ... {PIECES}", byte_level(model={"vocab": [1]})),
