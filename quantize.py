@@ -7,6 +7,8 @@ The file belongs to checkpoint.py, multiplying to kernels/.
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__" and getattr(sys.flags, "safe_path", False):
@@ -17,10 +19,23 @@ import terminal
 import torch
 from torch import Tensor
 
-from checkpoint import DEVICES, GROUPSIZES, Checkpoint, empty_model, read_checkpoint, storage, write_checkpoint
+from checkpoint import (
+    DEVICES,
+    GROUPSIZES,
+    Checkpoint,
+    empty_model,
+    load_model,
+    read_checkpoint,
+    storage,
+    write_checkpoint,
+)
+from kernels import Linear
 
 SLAB = {"cpu": 2**18, "cuda": 2**26}  # weights quantized at a time: they stay in the caches, or keep a GPU busy
 ROUNDS = 5  # of least squares
+PARTS = (1.0, 0.9, 0.8, 0.7)  # of a group's range, from which they begin
+CALIBRATION = 512  # tokens: four times as many change the divergence by less than 1 %
+TEXT = Path(__file__).with_name("README.md")
 TINY = torch.finfo(torch.float32).tiny  # in place of a scale of zero: any level will do
 
 
@@ -31,44 +46,90 @@ def quantize_int8(weight: Tensor) -> dict[str, Tensor]:
     return {"weight": levels.to(torch.int8), "scale": scale}
 
 
-def quantize_int4(weight: Tensor, groupsize: int) -> dict[str, Tensor]:
+def quantize_int4(weight: Tensor, groupsize: int, importance: Tensor | None = None) -> dict[str, Tensor]:
     """4 bits for a float `weight` [out, in]: per group, 16 levels from `minimum` on in steps of `scale`.
 
-    From the group's extremes, ROUNDS of alternating least squares: levels for (scale, minimum), then the regression
-    line of the weights over their levels; per group the best of all rounds is kept, in the bfloat16 that is stored.
+    From several parts of the group's range, ROUNDS of alternating least squares: levels for (scale, minimum), then the
+    regression line of the weights over their levels; per group the best of all is kept, in the bfloat16 that is stored.
+    An error weighs as much as the `importance` [in] of its input channel (1): the mean square of what it multiplies.
     """
     w = weight.float().unflatten(1, (-1, groupsize))  # [out, groups, groupsize]
-    mean = w.mean(dim=-1, keepdim=True)
+    if importance is None:
+        importance = w.new_ones(weight.shape[1])
+    share = importance + importance.mean() * 1e-6 + TINY  # a channel that was never active still has a weight
+    share = (share / share.mean()).view(-1, groupsize)
+    total = share.sum(dim=-1, keepdim=True)
+
+    def mean(x: Tensor) -> Tensor:
+        return x.mul(share).sum(dim=-1, keepdim=True) / total
 
     def nearest_levels(line: Tensor) -> Tensor:
         scale, minimum = line.float()
         return ((w - minimum) / scale.clamp(min=TINY)).round_().clamp_(0, 15)
 
     low, high = w.aminmax(dim=-1, keepdim=True)
-    line = torch.stack([high / 15 - low / 15, low]).bfloat16()  # scale and minimum
-    best_line, best_error = line, torch.full_like(low, torch.inf)
-    for _ in range(ROUNDS + 1):
-        levels = nearest_levels(line)
-        scale, minimum = line.float()
-        error = torch.addcmul(minimum, levels, scale).sub_(w).square_().sum(dim=-1, keepdim=True)
-        best_line = torch.where(error < best_error, line, best_line)
-        best_error = torch.minimum(error, best_error)
-        middle = levels.mean(dim=-1, keepdim=True)
-        levels -= middle
-        variance = levels.square().sum(dim=-1, keepdim=True).clamp(min=TINY)
-        scale = ((levels * w).sum(dim=-1, keepdim=True) / variance).bfloat16()
-        line = torch.stack([scale, (mean - scale.float() * middle).bfloat16()])
+    best_line, best_error = None, torch.full_like(low, torch.inf)
+    for part in PARTS:
+        line = torch.stack([(high / 15 - low / 15) * part, low + (high / 2 - low / 2) * (1 - part)]).bfloat16()
+        for _ in range(ROUNDS + 1):
+            levels = nearest_levels(line)
+            scale, minimum = line.float()
+            error = mean(torch.addcmul(minimum, levels, scale).sub_(w).square_())
+            best_line = line if best_line is None else torch.where(error < best_error, line, best_line)
+            best_error = torch.minimum(error, best_error)
+            line = regression(levels, w, mean)
     levels = nearest_levels(best_line).to(torch.uint8).flatten(1)
     scale, minimum = best_line.squeeze(-1)
     return {"weight": levels[:, ::2] | levels[:, 1::2] << 4, "scale": scale, "minimum": minimum}
 
 
-def quantize(checkpoint: Checkpoint, quantization: dict, device: str, path: Path) -> None:
-    """Write `checkpoint` under `quantization` to `path`, computed on `device` in slabs of a few rows."""
+def regression(x: Tensor, y: Tensor, mean: Callable[[Tensor], Tensor]) -> Tensor:
+    """Slope and intercept [2, ..., 1] in bfloat16 of the line through `y` over `x`, by the `mean` over the last dim."""
+    middle = mean(x)
+    x = x - middle
+    slope = (mean(x * y) / mean(x.square()).clamp(min=TINY)).bfloat16()
+    return torch.stack([slope, (mean(y) - slope.float() * middle).bfloat16()])
+
+
+@torch.inference_mode()
+def measure_importance(checkpoint: Checkpoint, text: str, device: str) -> dict[str, Tensor]:
+    """The mean square of each input channel [in] of the layers in the blocks, by layer, over the beginning of `text`.
+
+    The weights stay mapped, and one block at a time is on `device`. ValueError where nothing finite can be measured.
+    """
+    tokenizer, args = checkpoint.tokenizer, checkpoint.args
+    ids = [*tokenizer.start, *tokenizer.encode(text)][: min(CALIBRATION, args.max_seq_length)]
+    if not ids:
+        raise ValueError("--calibrate: the model has no tokens for this text: give another")
+    model = load_model(checkpoint, "cpu", checkpoint.model["norm.weight"].dtype)
+    found = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, Linear):
+            note = partial(lambda name, _, inputs: found.update({name: inputs[0].float().square().mean((0, 1))}), name)
+            layer.register_forward_pre_hook(note)
+    x = model.tok_embeddings(torch.tensor([ids])).to(device)
+    input_pos = torch.arange(len(ids), device=device)
+    cache = x.new_empty(2, 1, args.n_kv_head, len(ids), args.head_dim)
+    for block in terminal.progress(model.layers, "calibrating"):
+        x = block.to(device)(x, model.frequencies.to(device), input_pos, cache)
+        block.to("meta")
+    if not x.isfinite().all():
+        raise ValueError(
+            f"{checkpoint.path}: its activations are not finite: convert it again, with --precision float32"
+        )
+    return found
+
+
+def quantize(checkpoint: Checkpoint, quantization: dict, device: str, path: Path, text: str | None = None) -> None:
+    """Write `checkpoint` under `quantization` to `path`, computed on `device` in slabs of a few rows.
+
+    For 4 bits a `text` shows which input channels matter (None: all do alike).
+    """
     if checkpoint.header["quantization"] is not None:
         raise ValueError(f"{checkpoint.path} is quantized already: give the original")
     dtype = checkpoint.model["norm.weight"].dtype
     tensors = empty_model(checkpoint.args, quantization, dtype).to_empty(device="cpu").state_dict()
+    importance = measure_importance(checkpoint, text, device) if text and quantization["mode"] == "int4" else {}
 
     def fill(mapped: dict[str, Tensor]) -> None:
         for name, weight in terminal.progress(checkpoint.model.items(), "quantizing"):
@@ -80,8 +141,10 @@ def quantize(checkpoint: Checkpoint, quantization: dict, device: str, path: Path
                 if not slab.isfinite().all():
                     raise ValueError(f"{checkpoint.path}: {name} holds NaN or infinity: get the checkpoint again")
                 parts = {"weight": slab}
-                if f"{layer}.scale" in mapped:  # embeddings and norms stay as they are
-                    parts = quantize_int8(slab) if bits == 8 else quantize_int4(slab, groupsize)
+                if f"{layer}.scale" in mapped and bits == 8:  # embeddings and norms stay as they are
+                    parts = quantize_int8(slab)
+                elif f"{layer}.scale" in mapped:
+                    parts = quantize_int4(slab, groupsize, importance.get(layer))
                 for part, value in parts.items():
                     mapped[f"{layer}.{part}"][start : start + count].copy_(value)
 
@@ -95,6 +158,12 @@ def main() -> None:
     add("--mode", choices=["int8", "int4"], default="int8", help="int8 per channel, or int4 in groups (int8)")
     add("--groupsize", type=int, choices=GROUPSIZES, default=32, help="of int4: smaller is better and larger (32)")
     add("--device", choices=DEVICES, default="cpu", help="what computes; names an int4 file, which runs on both (cpu)")
+    add(
+        "--calibrate",
+        type=Path,
+        default=TEXT,
+        help="a text like those of the model, to measure what matters (README.md)",
+    )
     args = parser.parse_args()
     checkpoint = read_checkpoint(args.checkpoint_path)
     quantization, suffix = {"mode": args.mode}, args.mode
@@ -102,7 +171,8 @@ def main() -> None:
         quantization["groupsize"] = args.groupsize
         suffix += f".g{args.groupsize}.{args.device}"
     path = args.checkpoint_path.with_name(f"{args.checkpoint_path.stem}_{suffix}.pth")
-    quantize(checkpoint, quantization, args.device, path)
+    text = terminal.read_text(f"@{args.calibrate}", "--calibrate")
+    quantize(checkpoint, quantization, args.device, path, text)
     print(f"wrote {path}", file=sys.stderr)
 
 

@@ -246,7 +246,7 @@ def ours(path: Path, device: str, compiled: bool, without: str) -> tuple[dict, C
         engine.ids.clear()
         ids = random_ids(prompt, checkpoint.args.vocab_size)
         start = time.perf_counter()
-        stream = generate(engine, ids, tokens, None, sampling)
+        stream = generate(engine, ids, tokens, (), sampling)
         next(stream)
         first = time.perf_counter()
         made = sum(1 for _ in stream)

@@ -46,7 +46,7 @@ def answer(engine: CachedEngine, prompt: list[int], count: int = 12, speculation
     engine.run = lambda ids, *rest, **more: (rows.append(len(ids)), run(engine, ids, *rest, **more))[1]
     engine.rewind(prompt)
     cached = len(engine.ids)
-    ids = list(generate(engine, prompt, count, None, make_sampling(3, 0.8), speculation))
+    ids = list(generate(engine, prompt, count, (), make_sampling(3, 0.8), speculation))
     ran = sum(rows) - (count - 1)
     engine.keep(prompt + ids)
     return ids, ran, cached

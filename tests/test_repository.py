@@ -24,7 +24,7 @@ MAY_IMPORT = {  # who may import whom; what is not named here imports nothing of
     "chat": {"terminal", "tokenizer", "tp"},
     "tokenizer": {"terminal"},
     "tp": {"checkpoint", "model", "terminal"},
-    "quantize": {"checkpoint", "terminal"},
+    "quantize": {"checkpoint", "kernels", "terminal"},
     "checkpoint": {"kernels", "model", "terminal", "tokenizer"},
     "model": {"kernels"},
     "kernels": {"kernels"},  # its own cpu.py and cuda.py

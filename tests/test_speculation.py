@@ -317,13 +317,15 @@ def test_the_command_line_gives_the_same_text_and_says_what_was_accepted(demo: d
 def test_another_vocabulary_is_refused_and_other_notes_in_the_tokenizer_are_not(demo, tmp_path: Path) -> None:
     """The pieces are compared: a byte string behind them (protobuf's field 2, 6: the trainer's prefix) is not one."""
     content = torch.load(demo["draft"], weights_only=True)
-    noted = content["tokenizer"] + bytes([0x12, 7, 0x12, 5]) + b"other"
+    proto = content["tokenizer"]["proto"]
+    noted = proto + bytes([0x12, 7, 0x12, 5]) + b"other"
     piece = TOKENIZER.pieces.id_to_piece(1000).encode()
     head = bytes([0x0A, len(piece)])
-    other = content["tokenizer"].replace(head + piece, head + b"Q" * len(piece))
-    assert other != content["tokenizer"] != noted
-    torch.save(content | {"tokenizer": noted}, tmp_path / "noted.pth")
-    torch.save(content | {"tokenizer": other}, tmp_path / "other.pth")
+    other = proto.replace(head + piece, head + b"Q" * len(piece))
+    assert other != proto != noted
+    for name, changed in (("noted", noted), ("other", other)):
+        tokenizer = content["tokenizer"] | {"proto": changed}
+        torch.save(content | {"tokenizer": tokenizer}, tmp_path / f"{name}.pth")
     flags = ["generate.py", "--checkpoint_path", demo["target"], "--max_new_tokens", 5, "--draft_checkpoint_path"]
     assert run_cli(*flags, tmp_path / "noted.pth").returncode == 0
     done = run_cli(*flags, tmp_path / "other.pth", check=False)
