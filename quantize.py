@@ -113,10 +113,8 @@ def measure_importance(checkpoint: Checkpoint, text: str, device: str) -> dict[s
     for block in terminal.progress(model.layers, "calibrating"):
         x = block.to(device)(x, model.frequencies.to(device), input_pos, cache)
         block.to("meta")
-    if not x.isfinite().all():
-        raise ValueError(
-            f"{checkpoint.path}: its activations are not finite: convert it again, with --precision float32"
-        )
+    if not all(each.isfinite().all() for each in found.values()):
+        raise ValueError(f"{checkpoint.path} computes NaN or infinity: get it again, or convert it with float32")
     return found
 
 

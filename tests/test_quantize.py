@@ -22,7 +22,7 @@ import kernels
 from benchmarks.quality import MODES, bits_per_weight, compare, possible
 from checkpoint import GROUPSIZES, load_model, read_checkpoint, write_checkpoint
 from model import ModelArgs
-from quantize import quantize, quantize_int4, quantize_int8
+from quantize import TEXT, measure_importance, quantize, quantize_int4, quantize_int8
 
 PROMPT = [*TOKENIZER.start, *TOKENIZER.encode("The return value is")]
 ROWS = (1, 2, 7, 8, 9, 16, 17, 64)
@@ -48,14 +48,15 @@ def group_errors(weight: torch.Tensor, groupsize: int) -> torch.Tensor:
 def test_least_squares_is_never_worse_than_min_max_and_clearly_better_on_the_whole(
     draw: Callable, groupsize: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Measured gains are 5.3 to 7.3 %, and with two rounds less than these."""
+    """Measured gains are 7.6 to 9.6 %; from the whole range alone they are 5.3 to 7.3 %."""
     weight = draw(256, 1024) * 0.02
     after = group_errors(weight, groupsize)
     monkeypatch.setattr("quantize.ROUNDS", 0)
+    monkeypatch.setattr("quantize.PARTS", (1.0,))
     before = group_errors(weight, groupsize)
     assert (after <= before).all()
     gain = 1 - (after.sum() / before.sum()).sqrt().item()
-    assert gain >= {32: 0.065, 64: 0.05, 128: 0.05, 256: 0.05}[groupsize]
+    assert gain >= {32: 0.09, 64: 0.075, 128: 0.075, 256: 0.087}[groupsize]
 
 
 def test_int8_error_is_half_a_step() -> None:
@@ -83,7 +84,10 @@ def test_extreme_weights_stay_finite_and_near(name: str) -> None:
         restored = kernels.dequantize(parts["weight"], parts["scale"], parts.get("minimum"), torch.float32)
         assert restored.isfinite().all()
         step = (weight.amax(dim=1) / 15 - weight.amin(dim=1) / 15).clamp(min=1e-38)
-        assert ((restored - weight).abs() <= step[:, None] + weight.abs() * 2**-8).all()
+        error = (restored - weight).abs()
+        near = error - weight.abs() * 2**-8  # a part of the range may fit the whole better, and its ends worse
+        assert (near <= step[:, None] * (3 if "minimum" in parts else 1)).all()
+        assert (near.clamp(min=0).div(step[:, None]).square().mean(dim=1) < 0.2).all()
         if name in ("constant", "zero"):
             assert torch.equal(restored, weight)
 
@@ -114,12 +118,17 @@ def held_out() -> str:
 
 
 @pytest.fixture(scope="module")
-def quantized(demo: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The demo target in every mode and group size, under names that say nothing of it."""
+def readme() -> str:
+    return TEXT.read_text()
+
+
+@pytest.fixture(scope="module")
+def quantized(demo: dict[str, Path], readme: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The demo target in every mode and group size, as quantize.py does it, under names that say nothing of it."""
     folder, paths = tmp_path_factory.mktemp("quantized"), {}
     for i, (mode, quantization) in enumerate(MODES.items()):
         paths[mode] = folder / f"{i}.pth"
-        quantize(read_checkpoint(demo["target"]), quantization, "cpu", paths[mode])
+        quantize(read_checkpoint(demo["target"]), quantization, "cpu", paths[mode], readme)
     return paths
 
 
@@ -142,6 +151,7 @@ def test_what_is_kept_of_held_out_text(mode: str, demo, quantized, held_out: str
     assert found.same_top > same_top
     if mode != "int8":
         monkeypatch.setattr("quantize.ROUNDS", 0)
+        monkeypatch.setattr("quantize.PARTS", (1.0,))
         quantize(original, MODES[mode], "cpu", tmp_path / "min_max.pth")
         min_max = compare(original, read_checkpoint(tmp_path / "min_max.pth"), held_out, "cpu")
         assert 0 < found.divergence < min_max.divergence
@@ -201,15 +211,107 @@ def test_the_table_of_qualities(demo: dict[str, Path], held_out: str, tmp_path: 
     text, scratch, before = tmp_path / "text.txt", tmp_path / "scratch", set(demo["draft"].parent.iterdir())
     text.write_text(held_out[:1000])
     scratch.mkdir()
-    flags = ["--checkpoint_path", demo["draft"], "--text", text, "--modes", "int4.g64", "int8"]
+    flags = ["--checkpoint_path", demo["draft"], "--text", text, "--modes", "int4.g64", "int8", "--peers"]
     done = run_cli("-m", "benchmarks.quality", *flags, TMPDIR=str(scratch))
     titles, *rows = [line.split() for line in done.stdout.splitlines()]
     assert titles == ["perplexity", "mean", "KL", "same", "top", "bytes", "bits/weight", "seconds"]
-    assert [row[0] for row in rows] == ["original", "int4.g64", "int8"]
+    assert [row[0].strip(",") for row in rows] == ["original", "int4.g64", "int4.g64", "int8"]
+    rows[2][1:3] = []  # "all alike"
     assert rows[0][2:] == ["0.00000", "100.00%", f"{demo['draft'].stat().st_size:,}", "16.000", "0.00"]
-    assert float(rows[1][2]) > float(rows[2][2]) > 0
+    assert float(rows[1][2]) > float(rows[3][2]) > 0
     assert list(scratch.iterdir()) == []
     assert set(demo["draft"].parent.iterdir()) == before
+
+
+@pytest.mark.parametrize("groupsize", [32, 256])
+def test_an_error_weighs_as_much_as_its_channel(groupsize: int) -> None:
+    """The weighted error is no larger than that of the plain fit, and much smaller where few channels matter."""
+    weight, channels = normal(64, 512), torch.rand(512, generator=torch.Generator().manual_seed(1)) ** 8
+
+    def error(importance: torch.Tensor | None) -> float:
+        parts = quantize_int4(weight, groupsize, importance).values()
+        return ((kernels.dequantize(*parts, torch.float32) - weight).square() * channels).sum().item()
+
+    assert error(channels) < 0.85 * error(None)
+    assert error(torch.full((512,), 7e-9)) == pytest.approx(error(None), rel=1e-3)
+
+
+def test_channels_that_are_never_active_have_levels_all_the_same() -> None:
+    """Where no channel of a group is, or none at all, the fit is the plain one; among others theirs is what is left."""
+    weight = normal(16, 128)
+    plain = quantize_int4(weight, 32)
+    for importance in (torch.zeros(128), torch.cat([torch.zeros(64), torch.ones(64)])):
+        parts = quantize_int4(weight, 32, importance)
+        for name, value in plain.items():
+            assert parts[name].isfinite().all()
+            assert (parts[name].float() - value.float()).abs().max() <= (1 if name == "weight" else 1e-2)
+    importance = torch.ones(128)
+    importance[::2] = 0
+    restored = kernels.dequantize(*quantize_int4(weight, 32, importance).values(), torch.float32)
+    errors = (restored - weight).square().mean(dim=0)
+    assert errors[1::2].mean() < errors[::2].mean() < 0.2
+
+
+def test_importance_is_the_mean_square_of_what_a_layer_is_given(demo: dict[str, Path], readme: str) -> None:
+    """As hooks on a whole pass find it; of at most as many tokens as the model has positions."""
+    checkpoint = read_checkpoint(demo["target"])
+    found = measure_importance(checkpoint, readme, "cpu")
+    model, expected = load_model(checkpoint, "cpu", torch.float32), {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, kernels.Linear):
+            note = lambda module, inputs, name=name: expected.update({name: inputs[0].square().mean((0, 1))})  # noqa: E731
+            layer.register_forward_pre_hook(note)
+    ids = [*TOKENIZER.start, *TOKENIZER.encode(readme)][:512]
+    with torch.inference_mode():
+        model(torch.tensor([ids]), torch.arange(512), model.make_cache(512))
+    del expected["output"]
+    assert found.keys() == expected.keys()
+    for name, importance in found.items():
+        assert (importance - expected[name]).norm() < 0.03 * expected[name].norm(), name
+    short = replace(checkpoint, args=replace(checkpoint.args, max_seq_length=3))
+    few = measure_importance(short, readme, "cpu")["layers.0.attention.wqkv"]
+    beginning = TOKENIZER.pieces.decode(ids[1:3])
+    assert torch.equal(few, measure_importance(checkpoint, beginning, "cpu")["layers.0.attention.wqkv"])
+
+
+def test_importance_does_not_depend_on_the_number_of_threads(demo: dict[str, Path], readme: str) -> None:
+    checkpoint, found = read_checkpoint(demo["target"]), []
+    threads = torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        found.append(measure_importance(checkpoint, readme[:300], "cpu"))
+    torch.set_num_threads(threads)
+    assert all((found[1][name] - each).norm() < 0.02 * each.norm() for name, each in found[0].items())
+
+
+@pytest.mark.parametrize("mode", ["int4.g32", "int4.g64", "int4.g128", "int4.g256"])
+def test_on_the_demo_importance_does_no_harm(
+    mode: str, demo: dict[str, Path], quantized: dict[str, Path], held_out: str, tmp_path: Path
+) -> None:
+    """So small a model has no channels that stand out: at most 2 % of divergence more."""
+    original = read_checkpoint(demo["target"])
+    quantize(original, MODES[mode], "cpu", tmp_path / "plain.pth")
+    weighed = compare(original, read_checkpoint(quantized[mode]), held_out, "cpu")
+    plain = compare(original, read_checkpoint(tmp_path / "plain.pth"), held_out, "cpu")
+    assert 0 < weighed.divergence < 1.02 * plain.divergence
+
+
+def test_any_text_will_do_and_no_text_is_told(demo: dict[str, Path], tmp_path: Path) -> None:
+    """One token, more than the context; numbers that are not finite are one line, with nothing written."""
+    path = tmp_path / "model.pth"
+    shutil.copyfile(demo["draft"], path)
+    checkpoint = read_checkpoint(path)
+    for text in ("a", "word " * 5000):
+        quantize(checkpoint, MODES["int4.g32"], "cpu", tmp_path / "out.pth", text)
+        assert all(tensor.isfinite().all() for tensor in read_checkpoint(tmp_path / "out.pth").model.values())
+    (tmp_path / "out.pth").unlink()
+    content = torch.load(path, weights_only=True)
+    for value in (torch.nan, torch.inf, 3e38):
+        content["model"]["layers.0.attention_norm.weight"].fill_(value)
+        torch.save(content, path)
+        with pytest.raises(ValueError, match="model.pth computes NaN or infinity: get it again"):
+            quantize(read_checkpoint(path), MODES["int4.g32"], "cpu", tmp_path / "out.pth", "some text")
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def write_random(args: ModelArgs, path: Path) -> None:
@@ -321,7 +423,7 @@ def watch():
 threading.Thread(target=watch, daemon=True).start()
 checkpoint = read_checkpoint(convert(folder, "bfloat16"))
 for scheme in ({"mode": "int8"}, {"mode": "int4", "groupsize": 32}):
-    quantize(checkpoint, scheme, "cpu", folder / "out.pth")
+    quantize(checkpoint, scheme, "cpu", folder / "out.pth", "text " * 600)
 print(peak[0] - before)
 """
 
