@@ -89,14 +89,14 @@ def counts() -> dict[str, int]:
 
 
 def test_line_budgets() -> None:
-    """Under 1,000 lines of Python run a model, at most 420 convert and quantize one. README states all.
+    """Under 1,000 lines of Python run a model, at most 450 convert and quantize one. README states all.
 
     In kernels/ at most 290 of Python, 170 of Triton and 450 of C++. The design gave Python and Triton 250 together, and
     all outside kernels/ 1,000; with a recorded step, CUDA and byte-level BPE, written plainly, they take more.
     """
     found = counts()
     assert found["run"] < 1000
-    assert found["prepare"] <= 420
+    assert found["prepare"] <= 450
     assert found["kernels"] <= 290
     assert found["triton"] <= 170
     assert found["cpp"] <= 450
