@@ -362,6 +362,7 @@ MACHINE = {
     "no compiler": Case(
         f"CXX=/no/such/g++ {GENERATE} {F32} --compile_prefill",
         "torch.compile: ... /no/such/g++ ... do without --compile[_prefill]",
+        marks=SLOW,
     ),
     "no compiler, and no need of one": Case(
         f"CXX=no-such-g++ {GENERATE} {F32} --compile", status=0, shows="Decode: ", marks=SLOW
