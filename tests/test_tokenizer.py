@@ -47,6 +47,7 @@ SPLITS = {  # by repositories that have them; Digits and ByteLevel are steps of 
     ],
     "DeepSeek 3": [r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", DEEPSEEK_3, "bytes"],
     "by case": [CASED, "bytes"],
+    "at ends of lines": [r"[a-z]+\s*$|^\s+", "bytes"],
 }
 SPECIAL = ["<|begin|>", "<|end|>", "<|im_start|>", "<|im_end|>", "<|header|>", "</s>", "<s>"]
 
@@ -534,6 +535,37 @@ def test_an_added_token_that_is_shown_stays_one_and_its_spelling_text(tmp_path: 
     again = talk.prompt("And?")
     assert b"".join(map(ours.bytes_of, again)) == b"".join(map(ours.bytes_of, expected))
     assert again.count(ours.added["<|im_start|>"]) == expected.count(ours.added["<|im_start|>"]) == 4
+
+
+def test_what_an_answer_spells_is_text_also_where_it_is_encoded_anew(tmp_path: Path) -> None:
+    """Because the template has stripped its beginning."""
+    template = CHATML.replace("message['content'] +", "message['content'] | trim +")
+    library = trained(["digits"])
+    library.add_tokens(["<tool>"])
+    ours = saved(tmp_path, library, chat_template=template)
+    talk = conversation(ours)
+    prompt = talk.prompt("Well?")
+    talk.add("Well?", prompt, [*ours.encode("\n <tool> </s> <|im_end|>"), ours.added["<tool>"]])
+    again = talk.prompt("And?")
+    assert again[: len(prompt)] == prompt
+    assert [again.count(ours.added[text]) for text in ("<tool>", "</s>", "<|im_end|>")] == [1, 0, 3]
+
+
+def test_an_answer_that_ends_inside_a_character_says_so_once(tmp_path: Path) -> None:
+    """A token that ends so is not kept: the template goes on with the character that stands for what is missing."""
+    vocabulary = {text: i for i, text in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "o\u00c3"])}
+    library = Tokenizer(models.BPE(vocabulary, [("o", "\u00c3")]))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    library.add_special_tokens(SPECIAL)
+    ours = saved(tmp_path, library, chat_template=CHATML)
+    torn = ours.encode("o\u00e9")[0]
+    assert ours.bytes_of(torn) == b"o\xc3"
+    talk = conversation(ours)
+    prompt = talk.prompt("Well?")
+    talk.add("Well?", prompt, [*ours.encode("s"), torn])
+    again = b"".join(map(ours.bytes_of, talk.prompt("And?")[len(prompt) :]))
+    assert again.startswith("so\ufffd\n".encode())
 
 
 def test_what_is_encoded_anew_behind_a_token_begins_as_in_the_whole(tmp_path: Path) -> None:
