@@ -173,11 +173,12 @@ def main() -> None:
     args = parser.parse_args()
     checkpoint = read_checkpoint(args.checkpoint_path)
     quantization, suffix = {"mode": args.mode}, args.mode
+    text = None
     if args.mode == "int4":
+        text = terminal.read_text(f"@{args.calibrate}", "--calibrate")
         quantization["groupsize"] = args.groupsize
         suffix += f".g{args.groupsize}.{args.device}"
     path = args.checkpoint_path.with_name(f"{args.checkpoint_path.stem}_{suffix}.pth")
-    text = terminal.read_text(f"@{args.calibrate}", "--calibrate")
     quantize(checkpoint, quantization, args.device, path, text)
     print(f"wrote {path}", file=sys.stderr)
 
