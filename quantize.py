@@ -71,7 +71,8 @@ def quantize_int4(weight: Tensor, groupsize: int, importance: Tensor | None = No
     low, high = w.aminmax(dim=-1, keepdim=True)
     best_line, best_error = None, torch.full_like(low, torch.inf)
     for part in PARTS:
-        line = torch.stack([(high / 15 - low / 15) * part, low + (high / 2 - low / 2) * (1 - part)]).bfloat16()
+        minimum = low + (high / 2 - low / 2) * (1 - part)
+        line = torch.stack([(high / 15 - low / 15) * part, minimum]).bfloat16()
         for _ in range(ROUNDS + 1):
             levels = nearest_levels(line)
             scale, minimum = line.float()
@@ -146,10 +147,11 @@ def quantize(checkpoint: Checkpoint, quantization: dict, device: str, path: Path
                 slab = weight[start : start + count].to(device)
                 if not slab.isfinite().all():
                     raise ValueError(f"{checkpoint.path}: {name} holds NaN or infinity: get the checkpoint again")
-                parts = {"weight": slab}
-                if f"{layer}.scale" in mapped and bits == 8:  # embeddings and norms stay as they are
+                if f"{layer}.scale" not in mapped:  # embeddings and norms stay as they are
+                    parts = {"weight": slab}
+                elif bits == 8:
                     parts = quantize_int8(slab)
-                elif f"{layer}.scale" in mapped:
+                else:
                     parts = quantize_int4(slab, groupsize, importance.get(layer))
                 for part, value in parts.items():
                     mapped[f"{layer}.{part}"][start : start + count].copy_(value)

@@ -71,6 +71,7 @@ class Tokenizer:
             self.cuts = [re.compile(f"({split})", re.MULTILINE) for split in self.splits]
             unknown = [byte for byte, code in ALPHABET.items() if self.pieces.piece_to_id(chr(code)) == self.size]
             self.alphabet = ALPHABET | dict.fromkeys(unknown)  # the library tokenizers leaves these bytes out
+        self.added_ids = set(self.added.values())
         self.start = [self.added[self.bos]] if self.begins and self.bos in self.added else []
         self.tokens = re.compile(f"(?<!{QUOTE})({any_of(self.added)})")
         self.control = re.compile(any_of(filter(self.controls, self.added)))
@@ -104,7 +105,7 @@ class Tokenizer:
             if part in self.added:
                 ids.append(self.added[part])
             elif part:
-                begins = not ids or (self.legacy and ids[-1] in self.added.values())
+                begins = not ids or (self.legacy and ids[-1] in self.added_ids)
                 ids += self.encode_part(part.replace(QUOTE, ""), self.pieces if begins else self.inner)
         return ids
 
@@ -119,7 +120,7 @@ class Tokenizer:
         found = pieces.encode(words, num_threads=1)
         if self.whole_words:
             tokens = pieces.piece_to_id(words)
-            other = {self.size, *self.added.values()}
+            other = self.added_ids | {self.size}
             found = [ids if token in other else [token] for ids, token in zip(found, tokens, strict=True)]
         return [token for ids in found for token in ids]
 
@@ -134,7 +135,9 @@ class Tokenizer:
             return b"" if piece in self.special else piece.encode()
         if self.splits is not None:
             return piece.translate(BYTES).encode("latin-1", "replace")
-        return bytes([int(piece[3:5], 16)]) if self.pieces.is_byte(token) else self.inner.decode([token]).encode()
+        if self.pieces.is_byte(token):
+            return bytes([int(piece[3:5], 16)])  # "<0x0A>"
+        return self.inner.decode([token]).encode()
 
     def message(self, ids: list[int]) -> str:
         """The text of an answer as a template is given it, quoted, without the space that sentencepiece begins it with.
@@ -142,7 +145,7 @@ class Tokenizer:
         An added token that is shown stays one; it is no spelling of it.
         """
         text = ""
-        for added, run in groupby(ids, lambda token: token in self.added.values()):
+        for added, run in groupby(ids, lambda token: token in self.added_ids):
             said = b"".join(map(self.bytes_of, run)).decode("utf-8", "replace each byte")
             text += said if added else self.quote(said)
         return text.removeprefix(" ") if self.splits is None else text
@@ -159,7 +162,8 @@ def of_sentencepiece(proto: bytes, template: str | None = None) -> Tokenizer:
     if min(ends) < 0:
         raise ValueError(f"the ids of BOS and EOS are {ends}, but a model of text has both")
     bos, eos = map(pieces.id_to_piece, ends)
-    return Tokenizer(proto, {bos: ends[0], eos: ends[1]}, [bos, eos], bos, eos, True, ends[1:], template)
+    added = dict(zip([bos, eos], ends, strict=True))
+    return Tokenizer(proto, added, [bos, eos], bos, eos, begins=True, ends=ends[1:], template=template)
 
 
 def text_decoder() -> codecs.IncrementalDecoder:

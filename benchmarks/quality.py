@@ -153,7 +153,10 @@ def main() -> None:
     same = compare(original, original, text, args.device)
     print(row("original", same, bits_per_weight(original), original.path.stat().st_size, 0.0), flush=True)
     for mode in possible(original.args, args.modes):
-        for name, shown in ((mode, calibration), (f"{mode}, all alike", None))[: 1 if mode == "int8" else 2]:
+        variants = {mode: calibration}
+        if mode != "int8":
+            variants[f"{mode}, all alike"] = None
+        for name, shown in variants.items():
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / f"{mode}.pth"
                 start = time.perf_counter()

@@ -144,7 +144,8 @@ def of_byte_level(described: dict, texts: dict[int, str]) -> dict:
     check(described["decoder"], {"type": ["ByteLevel"]})
     check(model, MODEL)
     steps = described["pre_tokenizer"].get("pretokenizers", [described["pre_tokenizer"]])
-    if [step["type"] == "ByteLevel" for step in steps] != [False] * (len(steps) - 1) + [True]:
+    kinds = [step["type"] for step in steps]
+    if kinds.count("ByteLevel") != 1 or kinds[-1] != "ByteLevel":
         raise ValueError(f"the pre-tokenizer {described['pre_tokenizer']} is not supported: ByteLevel must be its end")
     merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
     made = [token for token, _ in groupby(left + right for left, right in merges)]
