@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kernels import cpu
 
+CUDA_ROWS = 4 * cpu.MAX_ROWS  # for so few attention and norms have kernels on CUDA: fewer launches by the host
 SLAB = torch.empty(2**22)  # where weights are dequantized, so many at a time: fresh memory is slow
 
 
@@ -55,6 +56,8 @@ class RMSNorm(nn.RMSNorm):
         """`x` [..., dim] to the same shape."""
         if cpu.takes_rows(x):
             return cpu.compute("rms_norm", x, x.shape[-1], self.weight, round(self.eps * 1e12))
+        if x.is_cuda and x.numel() <= CUDA_ROWS * x.shape[-1]:
+            return torch.ops.llama.rms_norm(x.contiguous(), self.weight, self.eps)
         return super().forward(x)
 
 
@@ -101,15 +104,15 @@ def cuda_kernels(dtype: torch.dtype) -> ModuleType | None:
     return None
 
 
-def on_cuda(x: Tensor) -> ModuleType | None:
-    """kernels/cuda.py where it takes the rows of x [..., channels]; None where PyTorch's operators do."""
-    few = x.is_cuda and x.numel() <= cpu.MAX_ROWS * x.shape[-1]
+def on_cuda(x: Tensor, most: int) -> ModuleType | None:
+    """kernels/cuda.py where it takes x [..., channels], up to `most` rows; None where PyTorch's operators do."""
+    few = x.is_cuda and x.numel() <= most * x.shape[-1]
     return cuda_kernels(x.dtype) if few else None
 
 
 def new_program(x: Tensor) -> cpu.Program | None:
     """What can record a step of rows like x [..., channels]; None where nothing can."""
-    if cuda := on_cuda(x):
+    if cuda := on_cuda(x, cpu.MAX_ROWS):
         return cuda.Graph()
     return cpu.Program() if cpu.takes_rows(x) else None
 
@@ -143,8 +146,10 @@ class Recorded:
 def _linear(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None) -> Tensor:
     """The operator llama.linear."""
     n_in, n_out = x.shape[-1], len(weight)
-    if (cuda := on_cuda(x)) and n_in % 32 == 0:
+    if n_in % 32 == 0 and (cuda := on_cuda(x, cpu.MAX_ROWS)):
         return cuda.linear(x, weight, scale, minimum)
+    if scale is not None and x.is_cuda and (cuda := cuda_kernels(x.dtype)):
+        return F.linear(x, cuda.dequantize(weight, scale, minimum))
     groupsize = 0 if minimum is None else n_in // minimum.shape[1]
     stored = weight.dtype in cpu.BITS and weight.is_contiguous() and groupsize in cpu.GROUPSIZES and n_in % 32 == 0
     if not x.is_cpu or x.dtype not in (torch.bfloat16, torch.float32) or not stored or cpu.library() is None:
@@ -172,7 +177,7 @@ def _attention(qkv: Tensor, frequencies: Tensor, input_pos: Tensor, cache: Tenso
     batch, rows, channels = qkv.shape
     _, _, n_kv_head, _, head_dim = cache.shape
     plain = batch == 1 and cache.dtype == qkv.dtype and cache.is_contiguous()
-    if plain and head_dim <= 256 and (cuda := on_cuda(qkv)):
+    if plain and head_dim <= 256 and (cuda := on_cuda(qkv, CUDA_ROWS)):
         return cuda.attention(qkv, frequencies, input_pos, cache)
     if plain and head_dim <= cpu.MAX_HEAD_DIM and cpu.takes_rows(qkv):
         n_out = channels - 2 * n_kv_head * head_dim
@@ -207,6 +212,12 @@ def _rotate(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The operator llama.rms_norm, which a compiled step cannot round otherwise for other numbers of rows."""
+    cuda = on_cuda(x, CUDA_ROWS)
+    return cuda.rms_norm(x, weight, eps) if cuda else F.rms_norm(x, weight.shape, weight, eps)
+
+
 def _empty_attention(qkv: Tensor, frequencies: Tensor, input_pos: Tensor, cache: Tensor) -> Tensor:
     return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] - 2 * cache.shape[2] * cache.shape[4])
 
@@ -215,6 +226,9 @@ _library = torch.library.Library("llama", "DEF")
 _library.define("linear(Tensor x, Tensor weight, Tensor? scale, Tensor? minimum) -> Tensor")
 _library.impl("linear", _linear, "CompositeExplicitAutograd")
 _library.impl("linear", lambda x, weight, scale, minimum: x.new_empty(*x.shape[:-1], len(weight)), "Meta")
+_library.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
+_library.impl("rms_norm", _rms_norm, "CompositeExplicitAutograd")
+_library.impl("rms_norm", lambda x, weight, eps: torch.empty_like(x), "Meta")
 # The write to the cache is not declared: torch 2.13 refuses alias annotations inside nested_compile_region. It is safe
 # because in a compiled step nothing but this operator touches a cache, once a layer, and its result is always used.
 _library.define("attention(Tensor qkv, Tensor frequencies, Tensor input_pos, Tensor cache) -> Tensor")

@@ -1,4 +1,4 @@
-"""Few rows in bfloat16 on CUDA: Triton kernels for products with stored weights and for attention; the captured step.
+"""Few rows in bfloat16 on CUDA: Triton kernels for products with stored weights, attention, norms; the captured step.
 
 Row i of many is bit for bit that row alone: it passes through the same instructions, whatever else is in its tile.
 Positions are read on the device, so one CUDA graph of a step holds for all of them.
@@ -17,7 +17,9 @@ from triton.language import constexpr
 
 from kernels.cpu import Program
 
-TILE = constexpr(8)  # rows of a product: the fewest that the tensor cores take
+TILE = constexpr(8)  # rows of a product on tensor cores: the fewest that they take
+WORDS = constexpr(128)  # words of 8 weights in 4 bits that are multiplied at once
+SIXTEEN = 0x41800000  # the bits of 16.0 in float32
 HEADS = constexpr(16)  # rows of attention, the same
 BLOCK = constexpr(64)  # positions that are attended to at once
 SPLITS = constexpr(128)  # programs that share out the blocks of a long sequence
@@ -25,62 +27,139 @@ SPLITS = constexpr(128)  # programs that share out the blocks of a long sequence
 TYPE = constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
 
 
-@triton.jit
-def _halves(words):
-    """The two bfloat16 numbers in each word, the low one first: [G, N, K] words to [G, N, 2 K] numbers."""
-    bits = tl.join((words & 0xFFFF).to(tl.int16), (words >> 16).to(tl.int16))
-    shape: constexpr = (words.shape[0], words.shape[1], 2 * words.shape[2])
-    return tl.reshape(bits, shape).to(tl.bfloat16, bitcast=True).to(TYPE)
-
-
 @triton.jit(do_not_specialize=["rows"])  # the same code for every number of rows
-def _linear(
-    x, weight, scale, minimum, y, rows, n_in, n_out, SIZE: constexpr, ALIGN: constexpr, G: constexpr, N: constexpr
-):
-    """N output channels of TILE rows, by a batch of G products of SIZE input channels each at a time.
-
-    So each warp has products of its own, and int4's scale and minimum multiply the sums of a group in place of its
-    weights: sum x (scale * level + minimum) = scale * sum x (128 + level) + (minimum - 128 scale) * sum x. The bits
-    of 128 + level in bfloat16 are a constant and those of the level.
-    """
+def _linear(x, weight, scale, y, rows, n_in, n_out, SIZE: constexpr, G: constexpr, N: constexpr):
+    """N output channels of TILE rows on tensor cores: a batch of G products of SIZE input channels each at a time."""
     channel = (tl.program_id(0) * N + tl.arange(0, N))[None, :]
     row = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    groups = tl.multiple_of(n_in // SIZE, ALIGN)
-    WIDTH: constexpr = SIZE if minimum is None else SIZE // 2
+    parts = n_in // SIZE
     sums = tl.zeros([G, N, TILE], tl.float32)
-    for first in tl.range(0, groups, G, num_stages=3):
-        group = first + tl.arange(0, G)[:, None]
-        known = (group < groups) & (channel < n_out)
-        at = channel * groups + group
-        w = tl.load(weight + at[:, :, None] * WIDTH + tl.arange(0, WIDTH), known[:, :, None], 0)
-        at_x = row * n_in + group[:, :, None] * SIZE + tl.arange(0, SIZE)[:, None]
-        v = tl.load(x + at_x, (group[:, :, None] < groups) & (row < rows), 0).to(TYPE)
-        if minimum is not None:
-            step = tl.load(scale + at, known, 0).to(tl.float32)
-            base = tl.load(minimum + at, known, 0).to(tl.float32) - 128 * step
-            pairs = w.to(tl.int32)
-            ones = pairs >> 8 | 0x3F803F80  # no constant: that would be laid out otherwise, and moved in each round
-            sums += tl.dot(_halves(ones), v) * base[:, :, None]
-            sums += tl.dot(_halves(pairs * 0x1001 & 0x000F000F | 0x43004300), v) * step[:, :, None]
-        else:
-            sums = tl.dot(w.to(TYPE), v, sums)
+    for first in tl.range(0, parts, G, num_stages=3):
+        part = first + tl.arange(0, G)[:, None]
+        known = (part < parts) & (channel < n_out)
+        at = channel * parts + part
+        w = tl.load(weight + at[:, :, None] * SIZE + tl.arange(0, SIZE), known[:, :, None], 0)
+        at_x = row * n_in + part[:, :, None] * SIZE + tl.arange(0, SIZE)[:, None]
+        v = tl.load(x + at_x, (part[:, :, None] < parts) & (row < rows), 0)
+        sums = tl.dot(w.to(TYPE), v.to(TYPE), sums)
     out = tl.sum(sums, 0)  # [N, TILE]
     channel = tl.program_id(0) * N + tl.arange(0, N)[:, None]
-    if minimum is None and scale is not None:
+    if scale is not None:
         out *= tl.load(scale + channel, channel < n_out, 0)
     tl.store(y + row * n_out + channel, out.to(tl.bfloat16), (row < rows) & (channel < n_out))
 
 
+@triton.jit
+def _pair(word):
+    """The two bfloat16 numbers in each word, the low one first, in float32."""
+    return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["rows", "sixteen"])
+def _linear_int4(
+    x, weight, scale, minimum, y, rows, words, n_out, sixteen, PER: constexpr, ROWS: constexpr, N: constexpr
+):
+    """N output channels of ROWS rows, from words of 8 levels, PER of them in a group, by additions in float32.
+
+    No tensor cores: they take 1.8 times as long for one row, because a warp's part of a weight has to be rearranged
+    for them. A level is put into the mantissa of 256.0 or of 16.0, whose bits are given as an argument: so masking and
+    adding are one instruction. A group's sum x (scale * level + minimum) is then (sum x (offset + level) - sum offset *
+    x) * scale + minimum * sum x.
+    """
+    channel = tl.program_id(0) * N + tl.arange(0, N)[:, None]
+    row = tl.program_id(1) * ROWS
+    sums = ()  # of each row
+    for _ in tl.static_range(ROWS):
+        sums += (tl.zeros([N, WORDS // PER], tl.float32),)
+    for first in tl.range(0, words, WORDS, num_stages=3):
+        word = first + tl.arange(0, WORDS)
+        group = first // PER + tl.arange(0, WORDS // PER)
+        w = tl.load(weight + channel * words + word, (channel < n_out) & (word < words), 0)
+        known = (channel < n_out) & (group < words // PER)
+        step = tl.load(scale + channel * (words // PER) + group, known, 0).to(tl.float32)
+        base = tl.load(minimum + channel * (words // PER) + group, known, 0).to(tl.float32)
+        added = ()
+        for r in tl.static_range(ROWS):
+            products = tl.zeros([N, WORDS], tl.float32)
+            evens = tl.zeros([WORDS], tl.float32)
+            odds = tl.zeros([WORDS], tl.float32)
+            for i in tl.static_range(4):  # levels 2 i and 2 i + 1
+                at_x = (row + r) * 4 * words + 4 * word + i
+                even, odd = _pair(tl.load(x + at_x, (word < words) & (row + r < rows), 0))
+                bits = w << 15 - 8 * i if i < 2 else w >> 8 * i - 15  # the levels at bits 15 and 19
+                products += (bits & 0x78000 | sixteen + 0x2000000).to(tl.float32, bitcast=True) * even[None, :]
+                products += (bits & 0x780000 | sixteen).to(tl.float32, bitcast=True) * odd[None, :]
+                evens += even
+                odds += odd
+            products -= (256 * evens + 16 * odds)[None, :]
+            products = tl.sum(tl.reshape(products, (N, WORDS // PER, PER)), 2)
+            total = tl.sum(tl.reshape(evens + odds, (WORDS // PER, PER)), 1)
+            added += (sums[r] + products * step + total[None, :] * base,)
+        sums = added
+    channel = tl.program_id(0) * N + tl.arange(0, N)
+    for r in tl.static_range(ROWS):
+        inside = (row + r < rows) & (channel < n_out)
+        tl.store(y + (row + r) * n_out + channel, tl.sum(sums[r], 1).to(tl.bfloat16), inside)
+
+
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None) -> Tensor:
-    """`kernels.Linear` of contiguous rows x [..., n_in]; n_in is a multiple of 16."""
+    """`kernels.Linear` of contiguous rows x [..., n_in]; n_in is a multiple of 32."""
     n_in, n_out = x.shape[-1], len(weight)
     rows = x.numel() // n_in
-    size = math.gcd(n_in, 64) if minimum is None else n_in // minimum.shape[1]
     y = x.new_empty(*x.shape[:-1], n_out)
-    channels = 16 if n_out <= 8192 else 32  # as many programs as keep a large GPU busy
-    align = math.gcd(n_in // size, 8)  # of the number of groups, by which scales are read several at once
-    grid = triton.cdiv(n_out, channels), triton.cdiv(rows, TILE.value)
-    _linear[grid](x, weight, scale, minimum, y, rows, n_in, n_out, size, align, max(4, 512 // size), channels)
+    channels = 16  # so few that there are as many programs as keep a large GPU busy
+    programs = triton.cdiv(n_out, channels)
+    if minimum is None:
+        size = math.gcd(n_in, 64)
+        grid = programs, triton.cdiv(rows, TILE.value)
+        _linear[grid](x, weight, scale, y, rows, n_in, n_out, size, 512 // size, channels)
+        return y
+    tiles = triton.cdiv(rows, 8)
+    words, per = n_in // 8, n_in // minimum.shape[1] // 8
+    given = x.view(torch.int32), weight.view(torch.int32), scale, minimum, y, rows, words, n_out, SIXTEEN
+    _linear_int4[programs, tiles](*given, per, triton.cdiv(rows, tiles), channels)
+    return y
+
+
+@triton.jit
+def _dequantize(weight, scale, minimum, y, n, width, SIZE: constexpr, BYTES: constexpr):
+    """BYTES of the n bytes of a weight with rows of `width` of them; SIZE is that of int4's groups."""
+    at = tl.program_id(0) * BYTES + tl.arange(0, BYTES)
+    levels = tl.load(weight + at, at < n, 0)
+    if minimum is None:
+        tl.store(y + at, (levels * tl.load(scale + at // width, at < n, 0)).to(tl.bfloat16), at < n)
+    else:
+        step = tl.load(scale + at // (SIZE // 2), at < n, 0).to(tl.float32)
+        base = tl.load(minimum + at // (SIZE // 2), at < n, 0).to(tl.float32)
+        numbers = tl.join((levels & 15) * step + base, (levels >> 4) * step + base)
+        tl.store(y + 2 * at[:, None] + tl.arange(0, 2), numbers.to(tl.bfloat16), (at < n)[:, None])
+
+
+def dequantize(weight: Tensor, scale: Tensor, minimum: Tensor | None) -> Tensor:
+    """`kernels.dequantize` to bfloat16, of a contiguous weight."""
+    n_out, width = weight.shape
+    n_in = width if minimum is None else 2 * width
+    y = weight.new_empty(n_out, n_in, dtype=torch.bfloat16)
+    size = 0 if minimum is None else n_in // minimum.shape[1]
+    grid = (triton.cdiv(weight.numel(), 4096),)
+    _dequantize[grid](weight, scale, minimum, y, weight.numel(), width, size, 4096)
+    return y
+
+
+@triton.jit
+def _rms_norm(x, weight, y, eps, D: constexpr, WIDE: constexpr):
+    """One row, in float32."""
+    d = tl.arange(0, WIDE)
+    at = tl.program_id(0) * D + d
+    row = tl.load(x + at, d < D, 0).to(tl.float32)
+    scaled = row * tl.rsqrt(tl.sum(row * row) / D + eps) * tl.load(weight + d, d < D, 0)
+    tl.store(y + at, scaled.to(tl.bfloat16), d < D)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`kernels.RMSNorm` of contiguous rows x [..., dim]."""
+    dim, y = x.shape[-1], torch.empty_like(x)
+    _rms_norm[x.numel() // dim,](x, weight, y, eps, dim, triton.next_power_of_2(dim))
     return y
 
 
@@ -149,7 +228,9 @@ def _attend(
     keys = cache + h * capacity * D
     values = keys + n_kv_head * capacity * D
     r, d = tl.arange(0, HEADS), tl.arange(0, WIDE)
-    _update(qkv + r * width + (n_head + h) * D, n_kv_head * D, rope, keys, values, start, end, D, WIDE)
+    for first in range(0, rows, HEADS):
+        new = qkv + (first + r) * width + (n_head + h) * D
+        _update(new, n_kv_head * D, rope, keys, values, start + first, end, D, WIDE)
     for first in range(0, rows * GROUP, HEADS):
         row = (first + r) // GROUP
         head = h * GROUP + (first + r) % GROUP

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The environment with the test tools, lint, and the tests that are not marked slow; with --all every test.
+# The environment with the test tools, lint, and the tests that are not marked slow; with --all every test. Those of
+# CUDA run on a GPU where there is one.
 # Further arguments go to pytest.
 set -euo pipefail
 . "$(dirname "$0")/environment.sh" requirements.txt tests/requirements.txt
@@ -12,4 +13,7 @@ if [ "${1:-}" = --all ]; then
     selection=()
     shift
 fi
-exec python -m pytest -q "${selection[@]+"${selection[@]}"}" "$@"
+CUDA_VISIBLE_DEVICES="" python -m pytest -q "${selection[@]+"${selection[@]}"}" "$@"
+if command -v nvidia-smi > /dev/null; then # the GPU, which the others do not see: there a CPU is the default
+    python -m pytest -q tests/test_cuda.py "${selection[@]+"${selection[@]}"}"
+fi

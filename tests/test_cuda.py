@@ -27,7 +27,7 @@ from checkpoint import load_model, read_checkpoint
 from generate import Engine, Speculation, prompt_lookup
 from kernels import cpu
 from model import ModelArgs, Transformer
-from quantize import quantize_int4, quantize_int8
+from quantize import quantize, quantize_int4, quantize_int8
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -109,16 +109,36 @@ def test_products_of_layers_that_no_power_of_two_divides(scheme: str) -> None:
     check_product(24, 1376, scheme, [1, 2, 16])
 
 
+@pytest.mark.parametrize("scheme", SCHEMES[1:])
+def test_a_weight_is_restored_as_a_cpu_restores_it(scheme: str) -> None:
+    """The last program has a part of its bytes."""
+    weight = stored(33, 768, scheme)
+    found, expected = cuda.dequantize(*weight), kernels.dequantize(*weight, torch.float32)
+    assert found.shape == (33, 768)
+    assert ((found.float() - expected).abs() <= 2**-8 * expected.abs()).all()
+
+
+@pytest.mark.parametrize("dim", [64, 768, 1376])
+def test_a_norm_is_exact_and_its_rows_independent(dim: int) -> None:
+    x, weight = normal(1, 16, dim).bfloat16().to(DEVICE), normal(dim).bfloat16().to(DEVICE)
+    found = cuda.rms_norm(x, weight, 1e-5)
+    expected = torch.nn.functional.rms_norm(x.double(), (dim,), weight.double(), 1e-5)
+    assert ((found - expected).abs() <= 2**-8 * expected.abs()).all()
+    assert torch.equal(cuda.rms_norm(x[:, 5:6].contiguous(), weight, 1e-5), found[:, 5:6])
+
+
 # ---- Attention
 
 
-def check_attention(n_head: int, n_kv_head: int, head_dim: int, capacity: int, starts: list[int]) -> None:
+def check_attention(
+    n_head: int, n_kv_head: int, head_dim: int, capacity: int, starts: list[int], most: int = 16
+) -> None:
     """Against float32 by PyTorch, with NaN behind the positions; as one call of many rows or as many of few."""
     frequencies = (10000.0 ** (torch.arange(0, head_dim, 2) / -head_dim)).to(DEVICE)
     for start in starts:
         past = normal(2, 1, n_kv_head, capacity, head_dim).bfloat16().to(DEVICE)
         past[:, :, :, start:] = torch.nan
-        rows = min(16, capacity - start)
+        rows = min(most, capacity - start)
         positions = torch.arange(start, start + rows, device=DEVICE)
         qkv = normal(1, rows, (n_head + 2 * n_kv_head) * head_dim).bfloat16().to(DEVICE)
         cache, reference = past.clone(), past.float()
@@ -145,6 +165,11 @@ HEADS = {"multi-head": (2, 2, 64), "four to one": (4, 1, 128), "eight to one": (
 def test_attention_is_exact_and_its_rows_independent(heads: tuple) -> None:
     """Across a border between blocks, and up to the last position."""
     check_attention(*heads, 70, [54])
+
+
+def test_attention_of_a_short_prompt() -> None:
+    """More rows than are captured, and more than a block."""
+    check_attention(2, 1, 32, 150, [70], most=kernels.CUDA_ROWS + 6)
 
 
 @pytest.mark.slow
@@ -230,8 +255,8 @@ def like_cuda(monkeypatch) -> dict[str, Launched]:
     if not INTERPRETED:
         pytest.skip("the path itself is tested where there is a GPU")
 
-    def on_cuda(x: Tensor):
-        return cuda if x.dtype == torch.bfloat16 and x.numel() <= cpu.MAX_ROWS * x.shape[-1] else None
+    def on_cuda(x: Tensor, most: int):
+        return cuda if x.dtype == torch.bfloat16 and x.numel() <= most * x.shape[-1] else None
 
     def opened(operator):
         """The operator's Python, in which a capture sees every call."""
@@ -244,11 +269,12 @@ def like_cuda(monkeypatch) -> dict[str, Launched]:
     monkeypatch.setattr(cuda, "pool", functools.cache(lambda: None))
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda: None)
-    launched = {name: Launched(getattr(cuda, name)) for name in ("_linear", "_attend", "_combine")}
+    launched = {name: Launched(getattr(cuda, name)) for name in ("_linear", "_rms_norm", "_attend", "_combine")}
     for name, kernel in launched.items():
         monkeypatch.setattr(cuda, name, kernel)
     monkeypatch.setattr(torch.ops.llama, "linear", opened(kernels._linear))
     monkeypatch.setattr(torch.ops.llama, "attention", opened(kernels._attention))
+    monkeypatch.setattr(kernels.RMSNorm, "forward", lambda self, x: kernels._rms_norm(x, self.weight, self.eps))
     return launched
 
 
@@ -281,11 +307,12 @@ def test_a_draft_is_captured_too(like_cuda) -> None:
         assert draft.guess(ids, 4, sampling) == eager.guess(ids, 4, sampling)
 
 
-def test_a_step_launches_four_products_and_two_kernels_of_attention_a_layer(like_cuda) -> None:
+def test_a_step_launches_four_products_two_norms_and_two_kernels_of_attention_a_layer(like_cuda) -> None:
     model = bfloat16_model()
     model(torch.tensor([[3, 4]]), torch.tensor([0, 1]), model.make_cache(8))
     counts = {name: kernel.count for name, kernel in like_cuda.items()}
-    assert counts == {"_linear": 4 * ARGS.n_layer + 1, "_attend": ARGS.n_layer, "_combine": ARGS.n_layer}
+    ones = {"_linear": 4 * ARGS.n_layer + 1, "_rms_norm": 2 * ARGS.n_layer + 1}
+    assert counts == ones | {"_attend": ARGS.n_layer, "_combine": ARGS.n_layer}
 
 
 def test_what_cannot_be_captured_runs_as_it_is(like_cuda, monkeypatch, capsys) -> None:
@@ -343,7 +370,7 @@ def test_without_kernels_one_line_says_why_and_what_it_costs(monkeypatch, capsys
         "Failed to find C compiler": (torch.bfloat16, cuda, (9, 0), broken),
         "": (torch.bfloat16, cuda, (8, 0), cuda.linear),
     }
-    monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, **kwargs: zeros(*shape, **kwargs))
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, **kwargs: zeros(*shape, device=DEVICE, **kwargs))
     for says, (dtype, found, capability, product) in cases.items():
         kernels.cuda_kernels.cache_clear()
         with monkeypatch.context() as patch:
@@ -387,7 +414,7 @@ from triton.compiler import ASTSource
 from kernels import cuda
 
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-TYPES = {torch.bfloat16: "*bf16", torch.int8: "*i8", torch.uint8: "*u8", torch.float32: "*fp32", torch.int64: "*i64"}
+TYPES = {torch.bfloat16: "*bf16", torch.int8: "*i8", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
 launches = []
 
 class Spy:
@@ -423,12 +450,12 @@ def compile(kernel, args, warps, arch):
         "loads": re.findall(r"cp\\.async\\.\\w+\\.shared\\.global.*?(0x\\w+), ", made.asm["ptx"]),
     }
 
-for name in ("_linear", "_attend", "_combine"):
+for name in ("_linear", "_linear_int4", "_attend", "_combine"):
     setattr(cuda, name, Spy(getattr(cuda, name)))
 labels = []
-for scheme, n_out in SHAPES:
-    n_in = 4096
-    x = torch.zeros(1, 6, n_in, dtype=torch.bfloat16)
+for scheme, rows in SHAPES:
+    n_in, n_out = 4096, 4096
+    x = torch.zeros(1, rows, n_in, dtype=torch.bfloat16)
     scale = minimum = None
     if scheme == "bf16":
         weight = torch.zeros(n_out, n_in, dtype=torch.bfloat16)
@@ -438,7 +465,7 @@ for scheme, n_out in SHAPES:
         weight = torch.zeros(n_out, n_in // 2, dtype=torch.uint8)
         scale = minimum = torch.zeros(n_out, n_in // int(scheme[1:]), dtype=torch.bfloat16)
     cuda.linear(x, weight, scale, minimum)
-    labels.append(f"{scheme} {n_out}")
+    labels.append(f"{scheme}, rows: {rows}")
 for n_head, n_kv_head, head_dim in HEADS:
     qkv = torch.zeros(1, 6, (n_head + 2 * n_kv_head) * head_dim, dtype=torch.bfloat16)
     cache = torch.zeros(2, 1, n_kv_head, 4096, head_dim, dtype=torch.bfloat16)
@@ -447,7 +474,7 @@ for n_head, n_kv_head, head_dim in HEADS:
 print(json.dumps({label: compile(*each, ARCH) for label, each in zip(labels, launches)}))
 """
 of_36 = pytest.mark.skipif(not triton.__version__.startswith("3.6"), reason="the limits are those of Triton 3.6")
-LIMITS = {"registers": 170, "spilled": 0, "shared": 100 * 1024}
+LIMITS = {"registers": 128, "spilled": 0, "shared": 100 * 1024}
 
 
 def machine_code(arch: int, shapes: list[tuple[str, int]], heads: list[tuple[int, int, int]]) -> dict[str, dict]:
@@ -461,16 +488,17 @@ def machine_code(arch: int, shapes: list[tuple[str, int]], heads: list[tuple[int
 
 def check_machine_code(found: dict[str, dict]) -> None:
     for name, figures in found.items():
-        assert all(figures[limit] <= LIMITS[limit] for limit in LIMITS), (name, figures)
-        if not name.startswith(("combine", "attend")):
-            scales = {"0x8", "0x4"} if name.startswith("g") else set()
-            assert "0x10" in figures["loads"] and set(figures["loads"]) <= scales | {"0x10"}, (name, figures)
+        limits = LIMITS | {"registers": 255} if name.startswith("g") and "rows: 1" not in name else LIMITS
+        assert all(figures[limit] <= limits[limit] for limit in limits), (name, figures)
+        if name.startswith(("bf16", "int8", "g")):
+            of_words = {"0x8", "0x4"} if name.startswith("g") else set()  # scales, and pairs of x
+            assert "0x10" in figures["loads"] and set(figures["loads"]) <= of_words | {"0x10"}, (name, figures)
 
 
 @of_36
 def test_machine_code_of_the_kernels() -> None:
     """For an H100: no spills, registers and shared memory for several blocks a processor, weights read by 16 bytes."""
-    check_machine_code(machine_code(90, [("bf16", 4096), ("int8", 4096), ("g32", 4096)], [(32, 32, 128)]))
+    check_machine_code(machine_code(90, [("bf16", 6), ("int8", 6), ("g32", 1), ("g32", 6)], [(32, 32, 128)]))
 
 
 @of_36
@@ -478,7 +506,7 @@ def test_machine_code_of_the_kernels() -> None:
 @pytest.mark.parametrize("arch", [80, 89, 90, 100])
 def test_machine_code_for_every_gpu(arch: int) -> None:
     """A100, L4 and RTX 40, H100, B200."""
-    shapes = [(scheme, n_out) for scheme in SCHEMES for n_out in (4096, 22016)]
+    shapes = [(scheme, rows) for scheme in SCHEMES for rows in (1, 6)]
     check_machine_code(machine_code(arch, shapes, [(32, 32, 128), (32, 8, 128), (32, 4, 64), (32, 32, 80)]))
 
 
@@ -517,7 +545,10 @@ def test_float32_gives_the_text_of_a_cpu(demo, target, temperature: float) -> No
 @pytest.mark.parametrize("weights", ["target", "int8", "int4"])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_speculation_is_exact_in_bfloat16(demo, weights: str, temperature: float, compiled: bool) -> None:
-    """With a draft and with the text's own words, whatever number of rows is verified."""
+    """With a draft and with the text's own words, whatever number of rows is verified.
+
+    From an empty cache each time: what many rows leave in it is not, bit for bit, what few rows do.
+    """
     engine, sampling = on_card(demo[weights], torch.bfloat16), sampled(3, temperature)
     draft = on_card(demo["draft"], torch.bfloat16)
     if compiled:
@@ -528,6 +559,7 @@ def test_speculation_is_exact_in_bfloat16(demo, weights: str, temperature: float
         for count in (1, 3, 6, 15):
             speculation = Speculation(guess, count)
             speculation.choose = lambda room, count=count: min(room, count)
+            engine.ids = []
             assert generated(engine, PROMPT * 3, 60, sampling, speculation=speculation) == expected
 
 
@@ -579,6 +611,20 @@ def test_quantizing_on_a_card_gives_what_a_cpu_gives(demo, tmp_path: Path) -> No
         expected = quantize_int8(weight) if scheme == "int8" else quantize_int4(weight, 32)
         for name, part in expected.items():
             assert (found[name].cpu().float() - part.float()).abs().mean() < 1e-3
+
+
+@needs_cuda
+@pytest.mark.cuda
+def test_calibrating_on_a_card_gives_what_a_cpu_gives(demo, tmp_path: Path) -> None:
+    restored = {}
+    for device in ("cpu", "cuda"):
+        path = tmp_path / f"{device}.pth"
+        quantize(read_checkpoint(demo["target"]), {"mode": "int4", "groupsize": 32}, device, path, "def f(x):\n" * 200)
+        model = load_model(read_checkpoint(path), "cpu", torch.float32)
+        layers = [module for module in model.modules() if isinstance(module, kernels.Linear)]
+        restored[device] = [kernels.dequantize(x.weight, x.scale, x.minimum, torch.float32) for x in layers]
+    for found, expected in zip(restored["cuda"], restored["cpu"], strict=True):
+        assert (found - expected).abs().mean() < 0.01 * expected.abs().mean()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
