@@ -55,45 +55,54 @@ def _pair(word):
     return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def _word_sums(w, x, inside, sixteen):
+    """For words w [N, WORDS] of 8 levels, and the pairs of one row at x [WORDS]: sums of level * x, and of x.
+
+    A level is put into the mantissa of 256.0 or of 16.0, whose bits are given as an argument: so masking and adding
+    them is one instruction.
+    """
+    products = tl.zeros(w.shape, tl.float32)
+    evens = tl.zeros([WORDS], tl.float32)
+    odds = tl.zeros([WORDS], tl.float32)
+    for i in tl.static_range(4):  # levels 2 i and 2 i + 1
+        even, odd = _pair(tl.load(x + i, inside, 0))
+        bits = w << 15 - 8 * i if i < 2 else w >> 8 * i - 15  # the levels at bits 15 and 19
+        products += (bits & 0x78000 | sixteen + 0x2000000).to(tl.float32, bitcast=True) * even[None, :]
+        products += (bits & 0x780000 | sixteen).to(tl.float32, bitcast=True) * odd[None, :]
+        evens += even
+        odds += odd
+    return products - (256 * evens + 16 * odds)[None, :], evens + odds
+
+
 @triton.jit(do_not_specialize=["rows", "sixteen"])
 def _linear_int4(
     x, weight, scale, minimum, y, rows, words, n_out, sixteen, PER: constexpr, ROWS: constexpr, N: constexpr
 ):
     """N output channels of ROWS rows, from words of 8 levels, PER of them in a group, by additions in float32.
 
-    No tensor cores: they take 1.8 times as long for one row, because a warp's part of a weight has to be rearranged
-    for them. A level is put into the mantissa of 256.0 or of 16.0, whose bits are given as an argument: so masking and
-    adding are one instruction. A group's sum x (scale * level + minimum) is then (sum x (offset + level) - sum offset *
-    x) * scale + minimum * sum x.
+    No tensor cores: with them one row took 1.75 times as long on an H100 (BENCHMARKS.md). Of a group, sum x (scale *
+    level + minimum) = scale * sum x level + minimum * sum x.
     """
     channel = tl.program_id(0) * N + tl.arange(0, N)[:, None]
     row = tl.program_id(1) * ROWS
+    groups = words // PER
     sums = ()  # of each row
     for _ in tl.static_range(ROWS):
         sums += (tl.zeros([N, WORDS // PER], tl.float32),)
     for first in tl.range(0, words, WORDS, num_stages=3):
         word = first + tl.arange(0, WORDS)
-        group = first // PER + tl.arange(0, WORDS // PER)
         w = tl.load(weight + channel * words + word, (channel < n_out) & (word < words), 0)
-        known = (channel < n_out) & (group < words // PER)
-        step = tl.load(scale + channel * (words // PER) + group, known, 0).to(tl.float32)
-        base = tl.load(minimum + channel * (words // PER) + group, known, 0).to(tl.float32)
+        group = first // PER + tl.arange(0, WORDS // PER)
+        known = (channel < n_out) & (group < groups)
+        step = tl.load(scale + channel * groups + group, known, 0).to(tl.float32)
+        base = tl.load(minimum + channel * groups + group, known, 0).to(tl.float32)
         added = ()
         for r in tl.static_range(ROWS):
-            products = tl.zeros([N, WORDS], tl.float32)
-            evens = tl.zeros([WORDS], tl.float32)
-            odds = tl.zeros([WORDS], tl.float32)
-            for i in tl.static_range(4):  # levels 2 i and 2 i + 1
-                at_x = (row + r) * 4 * words + 4 * word + i
-                even, odd = _pair(tl.load(x + at_x, (word < words) & (row + r < rows), 0))
-                bits = w << 15 - 8 * i if i < 2 else w >> 8 * i - 15  # the levels at bits 15 and 19
-                products += (bits & 0x78000 | sixteen + 0x2000000).to(tl.float32, bitcast=True) * even[None, :]
-                products += (bits & 0x780000 | sixteen).to(tl.float32, bitcast=True) * odd[None, :]
-                evens += even
-                odds += odd
-            products -= (256 * evens + 16 * odds)[None, :]
+            inside = (word < words) & (row + r < rows)
+            products, total = _word_sums(w, x + 4 * ((row + r) * words + word), inside, sixteen)
             products = tl.sum(tl.reshape(products, (N, WORDS // PER, PER)), 2)
-            total = tl.sum(tl.reshape(evens + odds, (WORDS // PER, PER)), 1)
+            total = tl.sum(tl.reshape(total, (WORDS // PER, PER)), 1)
             added += (sums[r] + products * step + total[None, :] * base,)
         sums = added
     channel = tl.program_id(0) * N + tl.arange(0, N)
@@ -122,27 +131,30 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | No
 
 
 @triton.jit
-def _dequantize(weight, scale, minimum, y, n, width, SIZE: constexpr, BYTES: constexpr):
-    """BYTES of the n bytes of a weight with rows of `width` of them; SIZE is that of int4's groups."""
-    at = tl.program_id(0) * BYTES + tl.arange(0, BYTES)
-    levels = tl.load(weight + at, at < n, 0)
+def _dequantize(weight, scale, minimum, y, groups, SHARE: constexpr, BYTES: constexpr, G: constexpr):
+    """G groups of BYTES bytes each, of which SHARE have a scale in common."""
+    group = tl.program_id(0) * G + tl.arange(0, G)[:, None]
+    known = group < groups
+    at = group * BYTES + tl.arange(0, BYTES)
+    levels = tl.load(weight + at, known, 0)
+    step = tl.load(scale + group // SHARE, known, 0).to(tl.float32)
     if minimum is None:
-        tl.store(y + at, (levels * tl.load(scale + at // width, at < n, 0)).to(tl.bfloat16), at < n)
+        tl.store(y + at, (levels * step).to(tl.bfloat16), known)
     else:
-        step = tl.load(scale + at // (SIZE // 2), at < n, 0).to(tl.float32)
-        base = tl.load(minimum + at // (SIZE // 2), at < n, 0).to(tl.float32)
+        base = tl.load(minimum + group, known, 0).to(tl.float32)
         numbers = tl.join((levels & 15) * step + base, (levels >> 4) * step + base)
-        tl.store(y + 2 * at[:, None] + tl.arange(0, 2), numbers.to(tl.bfloat16), (at < n)[:, None])
+        at = group * 2 * BYTES + tl.arange(0, 2 * BYTES)
+        tl.store(y + at, tl.reshape(numbers, (G, 2 * BYTES)).to(tl.bfloat16), known)
 
 
 def dequantize(weight: Tensor, scale: Tensor, minimum: Tensor | None) -> Tensor:
     """`kernels.dequantize` to bfloat16, of a contiguous weight."""
-    n_out, width = weight.shape
-    n_in = width if minimum is None else 2 * width
-    y = weight.new_empty(n_out, n_in, dtype=torch.bfloat16)
-    size = 0 if minimum is None else n_in // minimum.shape[1]
-    grid = (triton.cdiv(weight.numel(), 4096),)
-    _dequantize[grid](weight, scale, minimum, y, weight.numel(), width, size, 4096)
+    n_out, width = weight.shape  # in bytes
+    size = math.gcd(width, 64) if minimum is None else width // minimum.shape[1]
+    share = width // size if minimum is None else 1
+    y = weight.new_empty(n_out, width if minimum is None else 2 * width, dtype=torch.bfloat16)
+    groups, count = weight.numel() // size, 4096 // size
+    _dequantize[triton.cdiv(groups, count),](weight, scale, minimum, y, groups, share, size, count)
     return y
 
 

@@ -91,14 +91,15 @@ def counts() -> dict[str, int]:
 def test_line_budgets() -> None:
     """Under 1,000 lines of Python run a model, at most 450 convert and quantize one. README states all.
 
-    In kernels/ at most 290 of Python, 170 of Triton and 450 of C++. The design gave Python and Triton 250 together, and
-    all outside kernels/ 1,000; with a recorded step, CUDA and byte-level BPE, written plainly, they take more.
+    In kernels/ at most 300 of Python, 240 of Triton and 450 of C++. The design gave Python and Triton 250 together, and
+    all outside kernels/ 1,000; with a recorded step, CUDA and byte-level BPE, written plainly, they take more. On
+    a card the first 166 of Triton were half as fast in 4 bits (BENCHMARKS.md).
     """
     found = counts()
     assert found["run"] < 1000
     assert found["prepare"] <= 450
-    assert found["kernels"] <= 290
-    assert found["triton"] <= 170
+    assert found["kernels"] <= 300
+    assert found["triton"] <= 240
     assert found["cpp"] <= 450
     claim = "{total:,} lines of Python: {run} run a model, {prepare} convert and quantize one; `kernels/` has "
     claim += "{kernels} of Python, {triton} of Triton and {cpp} of C++"
