@@ -73,6 +73,10 @@ class Conversation:
         self.ids = prompt + answer
         self.answer = answer
 
+    def cleared(self) -> "Conversation":
+        """One in which nothing was said."""
+        return replace(self, ids=[], messages=[], asked="", answer=[])
+
 
 def listen() -> str | None:
     """The next line of standard input, stripped; None at its end."""
@@ -87,7 +91,7 @@ def converse(talk: Conversation, answer: Callable[[list[int]], list[int]], stati
     End of input ends it, and so does Ctrl-C. But during an answer Ctrl-C ends that answer only, and the words stay.
     """
     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape", newline="\n")
-    if talk.system:
+    if talk.system and not talk.ids:
         talk.prompt("")  # ValueError now, if it leaves no room
     if sys.stdin.isatty():
         with suppress(ImportError):  # input() then edits the line, and has a history
@@ -96,7 +100,7 @@ def converse(talk: Conversation, answer: Callable[[list[int]], list[int]], stati
     while (line := tp.agree(listen)) is not None:
         try:
             if line == "/clear":
-                talk = replace(talk, ids=[], messages=[], asked="", answer=[])
+                talk = talk.cleared()
             elif line == "/stats":
                 print(statistics(), file=sys.stderr)
             elif line:

@@ -29,6 +29,7 @@ from checkpoint import DEVICES, Checkpoint, read_checkpoint, storage
 from kernels import Recorded, cpu
 from kernels.sampling import Sampling, sample
 from model import Transformer
+from speculation import PLAIN, Lookup, Speculation
 from tokenizer import text_decoder
 
 # A prompt runs in chunks of so many rows: bounded memory, and Ctrl-C is heard in between.
@@ -108,7 +109,8 @@ class Engine:
         return guesses
 
     def keep(self, ids: list[int]) -> None:
-        """Called with the whole sequence when an answer has ended. The cache keeps it anyway."""
+        """Forget what is not in the sequence `ids`, all that was said, when an answer has ended."""
+        del self.ids[len(os.path.commonprefix([self.ids, ids])) :]
 
     def compile(self, few: bool, many: bool, sampling: Sampling) -> None:
         """Compile the steps of `few` rows, of `many`, or both."""
@@ -130,77 +132,6 @@ class Engine:
         if many:
             self.many = run_compiled
             self.launch(torch.zeros(2, cpu.MAX_ROWS + 1, dtype=torch.int64), sampling)
-
-
-def prompt_lookup(ids: list[int], count: int, sampling: Sampling) -> list[int]:
-    """Guesses without a draft: the tokens behind an earlier place of the last few of `ids`, as many as possible.
-
-    If these are fewer than `count`, they are repeated. https://github.com/apoorvumang/prompt-lookup-decoding
-    """
-    text = "".join(map(chr, ids))  # str.rfind is the fastest search in a sequence that Python has
-    for length in range(5, 1, -1):
-        found = text.rfind(text[-length:], 0, -1)
-        if found >= 0:
-            follows = ids[found + length :]
-            return [follows[i % len(follows)] for i in range(count)]
-    return []
-
-
-class Speculation:
-    """How many tokens to guess before the model verifies them in one pass: as many as were fastest until now.
-
-    `guess` (ids, count, sampling) -> guesses is an Engine's (a draft) or prompt_lookup. The model decides
-    which stand, so nothing here can change the text; https://arxiv.org/abs/2408.07978 has the coupling by shared noise.
-    """
-
-    EVERY = 32  # passes until a number of guesses beside the fastest is tried again
-    DECAY = 0.97  # how much an older pass weighs, of the next one with as many guesses
-
-    def __init__(self, guess: Callable[[list[int], int, Sampling], list[int]], longest: int) -> None:
-        self.guess = guess
-        self.trials = [0] * (longest + 1)  # passes with so many guesses
-        self.tokens = [0.0] * (longest + 1)  # that they gave
-        self.seconds = [0.0] * (longest + 1)  # that they took
-        self.rounds: list[tuple[int, int]] = []  # guesses tried and accepted, for each pass of the model
-
-    def choose(self, room: int) -> int:
-        """The number of guesses to try now, at most `room`.
-
-        Plain decoding is measured first, then larger numbers while the largest tried is the fastest; now and then a
-        neighbour of the fastest is tried again, a larger one and a smaller one in turn.
-        """
-        counts = range(min(room, len(self.tokens) - 1) + 1)
-        rates = [self.tokens[k] / self.seconds[k] if self.seconds[k] else 0.0 for k in counts]
-        fastest = rates.index(max(rates))
-        larger = min(max(1, 2 * fastest), counts[-1])
-        turn, rest = divmod(len(self.rounds), self.EVERY)
-        if rates[0] and self.trials[larger] < 3:  # one pass may have been unlucky
-            return larger
-        if rates[0] and rest == 0:
-            return larger if turn % 2 == 0 or fastest == 0 else fastest - max(1, fastest // 3)
-        return fastest
-
-    def learn(self, tried: int, accepted: int, seconds: float) -> None:
-        """Note the tokens and the seconds of a pass with `tried` guesses."""
-        self.rounds.append((tried, accepted))
-        self.trials[tried] += 1
-        decay = 0.0 if self.trials[tried] == 2 else self.DECAY  # the first pass may have been recorded: it is forgotten
-        self.tokens[tried] = decay * self.tokens[tried] + accepted + 1
-        self.seconds[tried] = decay * self.seconds[tried] + seconds
-
-    def advance(self, engine: Engine, ids: list[int], room: int, sampling: Sampling) -> list[int]:
-        """The tokens that follow `ids`: one, and of at most `room` guesses those that stand, in one pass."""
-        # The first rank's clock decides.
-        count = int(tp.share(torch.tensor(self.choose(room), device=engine.cache.device)))
-        if count and (not self.rounds or self.rounds[-1][0] == 0):
-            self.guess(ids, 1, sampling)  # a draft reads what it has missed: that is not the cost of a guess
-        start = time.perf_counter()
-        guesses = self.guess(ids, count, sampling) if count else []
-        samples = engine.run([ids[-1], *guesses], sampling)
-        accepted = len(os.path.commonprefix([guesses, samples]))
-        self.learn(len(guesses), accepted, time.perf_counter() - start)
-        del engine.ids[len(ids) + accepted :]  # keys and values of guesses that did not stand
-        return samples[: accepted + 1]
 
 
 def generate(engine: Engine, prompt: list[int], limit: int, ends: Container[int], sampling: Sampling, speculation=None):
@@ -226,6 +157,33 @@ def generate(engine: Engine, prompt: list[int], limit: int, ends: Container[int]
             tokens = speculation.advance(engine, ids, end - 1 - len(ids), sampling)
 
 
+class Shown:
+    """Prints an answer as it comes, up to the first of the texts `stops`; what may become one of them is held back."""
+
+    def __init__(self, stops: list[bytes]) -> None:
+        self.stops = stops
+        self.decode = text_decoder().decode
+        self.size = 0  # bytes that were shown
+        self.held = b""
+        self.stop = b""  # that was found
+
+    def add(self, data: bytes) -> bool:
+        """Whether the answer goes on."""
+        self.held += data
+        found = [(self.held.index(stop), stop) for stop in self.stops if stop in self.held]
+        begun = [n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])]
+        count, self.stop = min(found, default=(len(self.held) - max(begun, default=0), b""))
+        print(self.decode(self.held[:count]), end="", flush=True)
+        self.size += count
+        self.held = b"" if self.stop else self.held[count:]
+        return not self.stop
+
+    def end(self, line_end: str) -> None:
+        """Show what was held back, for nothing comes any more."""
+        self.size += len(self.held)
+        print(self.decode(self.held, True), end=line_end, flush=True)
+
+
 @dataclass
 class Answer:
     """Figures of one answer."""
@@ -240,28 +198,34 @@ class Answer:
 class Session:
     """The models that the command line names, loaded and compiled: everything that an answer needs but its prompt.
 
-    ValueError names a file or flag that does not fit. `make_engine` (model, cache, checkpoint=) makes a model's engine.
+    ValueError names a file or flag that does not fit. `make_engine` (model, cache, checkpoint=) makes a model's engine,
+    `make_conversation` what Conversation would.
     """
 
-    def __init__(self, args: argparse.Namespace, make_engine: Callable = Engine) -> None:
+    def __init__(
+        self, args: argparse.Namespace, make_engine: Callable = Engine, make_conversation: Callable = Conversation
+    ) -> None:
         sys.stdout.reconfigure(encoding="utf-8")
         torch.set_num_threads(cpu.cores())
         start = time.perf_counter()
         self.args = args
+        self.make_conversation = make_conversation
         self.system = tp.agree(lambda: terminal.read_text(args.system, "--system") if args.system else "")
+        self.stops = [terminal.read_text(text, "--stop", plain=True).encode() for text in args.stop]
         self.engines = [self.load(args.checkpoint_path, make_engine)]  # the model's, then the draft's
         self.checkpoint = self.engines[0].checkpoint
         self.tokenizer = self.checkpoint.tokenizer
-        guess = prompt_lookup if args.prompt_lookup else None
+        guess = None
         if args.draft_checkpoint_path:
             draft = self.load(args.draft_checkpoint_path, make_engine, draft=True)
             if draft.checkpoint.tokenizer.vocabulary() != self.tokenizer.vocabulary():
                 raise ValueError(f"{args.draft_checkpoint_path} has another vocabulary: choose a draft of the family")
             self.engines.append(draft)
             guess = draft.guess
-        self.speculation = Speculation(guess, args.speculate_k) if guess else None
-        seed = torch.zeros([], dtype=torch.int32, device=args.device)
-        self.sampling = Sampling(seed, torch.tensor(args.temperature).to(args.device), args.top_k, self.tokenizer.size)
+        lookup = Lookup() if args.prompt_lookup else None
+        self.speculation = Speculation(guess, args.speculate_k, lookup) if guess or lookup else None
+        likely = {"top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p}
+        self.sampling = Sampling.on(args.device, 0, args.temperature, vocab_size=self.tokenizer.size, **likely)
         self.answers: list[Answer] = []
         print(f"Load time: {time.perf_counter() - start:.3f} s", file=sys.stderr)
         if args.compile or args.compile_prefill:
@@ -288,16 +252,15 @@ class Session:
         print(f"Compile time: {time.perf_counter() - start:.3f} s", file=sys.stderr)
 
     def conversation(self) -> Conversation:
-        """A new one, in which nothing has been said."""
+        """A new one."""
         template = self.tokenizer.template is not None and not self.args.raw
-        return Conversation(self.tokenizer, self.checkpoint.args.max_seq_length, self.system, template)
+        return self.make_conversation(self.tokenizer, self.checkpoint.args.max_seq_length, self.system, template)
 
     def answer(self, prompt: list[int], i: int = 0) -> list[int]:
         """Print the text that follows `prompt` as it comes, with seed + i; its ids. Ctrl-C ends it where one may."""
-        engine, decode, answer = self.engines[0], text_decoder().decode, Answer(len(prompt))
+        engine, shown, answer = self.engines[0], Shown(self.stops), Answer(len(prompt))
         may_interrupt = self.args.interactive and tp.ranks() == (0, 1)  # torchrun ends its ranks on Ctrl-C
         ends = [] if self.args.ignore_eos else self.tokenizer.ends
-        limit, context = self.args.max_new_tokens, self.checkpoint.args.max_seq_length
         start = time.perf_counter()
         self.sampling.seed.fill_((self.args.seed + i) % 2**31)
         if self.speculation:
@@ -305,21 +268,30 @@ class Session:
         with suppress(KeyboardInterrupt) if may_interrupt else nullcontext():
             engine.rewind(prompt)
             answer.cached = len(engine.ids)
-            for token in generate(engine, prompt, limit, ends, self.sampling, self.speculation):
+            for token in generate(engine, prompt, self.args.max_new_tokens, ends, self.sampling, self.speculation):
                 answer.ids.append(token)
                 answer.times.append(time.perf_counter() - start)
-                print(decode(self.tokenizer.bytes_of(token)), end="", flush=True)
-            full = len(prompt) + len(answer.ids) > context
-            answer.why = f"context of {context} tokens is full" if full else "end of sequence"
-            if len(answer.ids) == limit:
-                answer.why = f"max_new_tokens {limit}"
+                if not shown.add(self.tokenizer.bytes_of(token)):
+                    break
+            answer.why = self.reason(answer, shown.stop)
         answer.times = answer.times or [time.perf_counter() - start]
-        print(decode(b"", True), end="\n" if self.args.interactive or sys.stdout.isatty() else "", flush=True)
+        shown.end("\n" if self.args.interactive or sys.stdout.isatty() else "")
+        said = self.tokenizer.beginning(prompt, answer.ids, shown.size) if shown.stop else answer.ids
         with suppress(KeyboardInterrupt) if may_interrupt else nullcontext():
             for each in self.engines:
-                each.keep(prompt + answer.ids)
+                each.keep(prompt + said)
         self.answers.append(answer)
-        return answer.ids
+        return said
+
+    def reason(self, answer: Answer, stop: bytes) -> str:
+        """Why an answer ended, before the text `stop` or before none."""
+        limit, context = self.args.max_new_tokens, self.checkpoint.args.max_seq_length
+        if stop:
+            return f"stop text {stop.decode()!r}"
+        if len(answer.ids) == limit:
+            return f"max_new_tokens {limit}"
+        full = answer.prompt + len(answer.ids) > context
+        return f"context of {context} tokens is full" if full else "end of sequence"
 
     def statistics(self) -> str:
         """The figures of the last answer, a `Name: figures` line each."""
@@ -329,8 +301,8 @@ class Session:
         decoded = max(len(answer.ids) - 1, 0)  # the first token is the prompt's
         first, last = answer.times[0], answer.times[-1]
         seconds = max(last - first, 1e-9)
-        rounds = self.speculation.rounds if self.speculation else [(0, 0)] * decoded
-        tried, accepted = (sum(each[i] for each in rounds) for i in (0, 1))
+        rounds = self.speculation.rounds if self.speculation else [(PLAIN, 0, 0)] * decoded
+        tried, accepted = (sum(each[i] for each in rounds) for i in (1, 2))
         weights = self.engines[0].model.state_dict().items()
         size = sum(weight.nbytes for name, weight in weights if name != "tok_embeddings.weight")
         cuda = self.args.device == "cuda"
@@ -355,11 +327,17 @@ def build_parser() -> argparse.ArgumentParser:
     add("--raw", action="store_true", help="let a chat model go on with the text as it is, without its template")
     add("--num_samples", type=terminal.number(1), default=1, help="answers to each prompt; answer i uses seed + i (1)")
     add("--max_new_tokens", type=terminal.number(1), default=200, help="longest answer, in tokens (200)")
+    add("--stop", action="append", default=[], help="end the answer before this text; may be repeated")
     add("--temperature", type=terminal.number(0, 1e30, float), default=0.8, help="of sampling; 0 is greedy (0.8)")
-    add("--top_k", type=terminal.number(1), help="sample among so many of the most likely tokens only (all)")
-    either = parser.add_mutually_exclusive_group().add_argument
-    either("--draft_checkpoint_path", type=Path, help="a small model of the same vocabulary guesses ahead")
-    either("--prompt_lookup", action="store_true", help="guess what followed the last tokens where they stood before")
+    add("--top_k", type=terminal.number(1), help="sample among so many of the likeliest tokens only (all)")
+    add("--top_p", type=terminal.number(1e-6, 1, float), help="of these, the fewest that sum to this probability (1)")
+    add(
+        "--min_p",
+        type=terminal.number(0, 1, float),
+        help="of these, from this part of the likeliest's on (0); all three before --temperature",
+    )
+    add("--draft_checkpoint_path", type=Path, help="a small model of the same vocabulary guesses ahead")
+    add("--prompt_lookup", action="store_true", help="guess what followed the last tokens before, also beside a draft")
     add("--speculate_k", type=terminal.number(1, cpu.MAX_ROWS - 1), default=5, help="longest run of guesses (5)")
     add("--seed", type=terminal.number(0, 2**31 - 1), default=1234, help="the same seed gives the same text (1234)")
     add("--compile", action="store_true", help="slower start, faster decoding on CUDA in 16 and 8 bits")
@@ -370,14 +348,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def answer_all(args: argparse.Namespace, make_engine: Callable = Engine) -> Session:
-    """Print num_samples answers to each prompt, with statistics; or hold a conversation instead."""
+def answer_all(args: argparse.Namespace, *makers: Callable) -> Session:
+    """Print num_samples answers to each prompt, with statistics, or hold a conversation. `makers` are Session's."""
     tp.join(args.device)
     if args.interactive and args.system == "-":
         raise ValueError("--system -: standard input is the conversation; give a text, or @FILE")
     asked = [] if args.interactive else args.prompt or ["Hello, my name is"]
     texts = tp.agree(lambda: [terminal.read_text(text, "--prompt") for text in asked])
-    session = Session(args, make_engine)
+    session = Session(args, *makers)
     if args.interactive:
         converse(session.conversation(), session.answer, session.statistics)
     prompts = [session.conversation().prompt(text) for text in texts]  # all are checked before the first answer

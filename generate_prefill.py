@@ -7,14 +7,16 @@ It owns the files in which keys and values outlive a process; all else is genera
 
 import ctypes
 import hashlib
+import json
 import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 if __name__ == "__main__" and getattr(sys.flags, "safe_path", False):
     sys.exit("PYTHONSAFEPATH keeps Python from finding the modules beside this script: unset it")
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor
 
 import tp
+from chat import Conversation
 from generate import Engine, answer_all, build_parser
 
 BLOCK = 16  # tokens whose keys and values are one file
@@ -141,7 +144,7 @@ class CachedEngine(Engine):
     @torch.inference_mode()
     def keep(self, ids: list[int]) -> None:
         """Store those blocks of `ids` that are in the cache, and mark them as used, the first of them as the last."""
-        super().rewind([*ids, -1])  # all of them: nobody wants the last one's logits
+        super().keep(ids)
         now = time.time_ns()
         with self.store.trouble_told():
             for start, name, part in self.blocks(self.ids):
@@ -150,18 +153,85 @@ class CachedEngine(Engine):
             self.store.trim()
 
 
+@dataclass
+class SavedConversation(Conversation):
+    """A conversation that lies in a file after each answer, and goes on from there the next time.
+
+    The file holds users' words, so nobody else may read it; and ids, whose keys and values the store may have.
+    """
+
+    MAGIC: ClassVar = b"llama session 1\n\0"
+    path: Path = None  # has to be given
+
+    @classmethod
+    def take_up(cls, *settings: object, path: Path) -> "SavedConversation":
+        """That in the file, or a new one. ValueError where the file is no session, or of other settings."""
+        talk = cls(*settings, path=path)
+        if said := tp.agree(talk.read):
+            if said.pop("settings") != talk.settings():
+                raise ValueError(f"{path} was begun with another model, --system or --raw: name another file")
+            print(f"{path}: going on behind {len(said['ids'])} tokens", file=sys.stderr)
+            return replace(talk, **said)
+        talk.write()
+        return talk
+
+    def settings(self) -> str:
+        """What the ids depend on."""
+        known = self.tokenizer.vocabulary(), self.system, self.tokenizer.template if self.template else None
+        return hashlib.sha256(repr(known).encode()).hexdigest()
+
+    def read(self) -> dict | None:
+        """What the file holds; None if there is none. ValueError where it is foreign or damaged."""
+        if not self.path.exists():
+            return None
+        with terminal.reading(self.path, "name another file"):
+            data = self.path.read_bytes()
+            if not data.startswith(self.MAGIC[:14]):
+                raise ValueError("this is no session of generate_prefill.py: name another file")
+            if not data.startswith(self.MAGIC):
+                raise ValueError("another version wrote this session: name another file")
+            content = data[len(self.MAGIC) + 32 :]
+            if data[len(self.MAGIC) : -len(content)] != hashlib.sha256(content).digest():
+                raise ValueError("this session is damaged: name another file")
+            return json.loads(content)
+
+    def write(self) -> None:
+        """Put it into the file, whole or not at all."""
+        if tp.ranks()[0] == 0:
+            said = {name: getattr(self, name) for name in ("ids", "messages", "asked", "answer")}
+            content = json.dumps({"settings": self.settings(), **said}).encode()
+            with terminal.replacing(self.path, mode=0o600) as temporary:
+                temporary.write_bytes(self.MAGIC + hashlib.sha256(content).digest() + content)
+
+    def cleared(self) -> "SavedConversation":
+        """One in which nothing was said, which is in the file now."""
+        talk = super().cleared()
+        talk.write()
+        return talk
+
+    def add(self, *turn: object) -> None:
+        """As ever. ValueError where it cannot be saved; it goes on all the same."""
+        super().add(*turn)
+        with terminal.reading(self.path, "this turn is not saved"):
+            self.write()
+
+
 def main() -> None:
     parser = build_parser()
     add = parser.add_argument
     add("--cache_dir", help="where the folder of prefixes is made (beside the checkpoint)")
     add("--cache_gb", type=terminal.number(0.001, 1e6, float), default=4.0, help="the least recently used go first (4)")
+    add("--session", type=Path, help="keep the conversation of --interactive in this file, and go on with it next time")
     add("--no_cache", action="store_true", help="read and write no files of prefixes")
     args = parser.parse_args()
     if not (args.system or args.prompt or args.interactive):
         args.system, args.prompt = SYSTEM, ["12 * 12 =", "41 * 41 ="]
+    if args.session and not args.interactive:
+        raise ValueError("--session keeps a conversation: give --interactive as well")
     store = Store(Path(args.cache_dir or args.checkpoint_path.parent), int(args.cache_gb * 1e9))
     cached = not args.no_cache and args.device == "cpu"  # CUDA reads a prefix more slowly than it computes it
-    answer_all(args, partial(CachedEngine, store=store) if cached else Engine)
+    conversation = partial(SavedConversation.take_up, path=args.session) if args.session else Conversation
+    answer_all(args, partial(CachedEngine, store=store) if cached else Engine, conversation)
 
 
 if __name__ == "__main__":

@@ -98,14 +98,15 @@ def decode_text(data: bytes, name: str) -> str:
         return data.decode("utf-8-sig").replace("\r\n", "\n")
 
 
-def read_text(argument: str, name: str) -> str:
+def read_text(argument: str, name: str, plain: bool = False) -> str:
     """The text that a user means by `argument` of the flag `name`: "-" is standard input, "@FILE" a file, else itself.
+    If it is a `plain` one, always itself.
 
     A line end behind the last line of standard input or of a file is not part of it. ValueError where there is no text.
     """
-    if argument == "-":
+    if argument == "-" and not plain:
         text = decode_text(sys.stdin.buffer.read(), name).removesuffix("\n")
-    elif argument.startswith("@"):
+    elif argument.startswith("@") and not plain:
         with reading(f"{name} {argument}", 'name a file behind the @, or give text that begins with @ through "-"'):
             data = Path(argument[1:]).read_bytes()
         text = decode_text(data, f"{name} {argument}").removesuffix("\n")

@@ -109,6 +109,16 @@ class Tokenizer:
                 ids += self.encode_part(part.replace(QUOTE, ""), self.pieces if begins else self.inner)
         return ids
 
+    def beginning(self, before: list[int], ids: list[int], size: int) -> list[int]:
+        """Ids of the first `size` bytes of what `ids` say behind `before`. A part of a token is encoded anew."""
+        for count, token in enumerate(ids):
+            said = self.bytes_of(token)
+            if len(said) > size:
+                kept = before + ids[:count]
+                return self.encode_rendered(said[:size].decode(errors="ignore"), kept)[len(before) :]
+            size -= len(said)
+        return ids
+
     def encode_part(self, text: str, pieces: sentencepiece.SentencePieceProcessor) -> list[int]:
         """The ids of a text by the vocabulary alone."""
         if self.splits is None:

@@ -242,7 +242,7 @@ def ours(path: Path, device: str, compiled: bool, without: str) -> tuple[dict, C
     checkpoint = read_checkpoint(path)
     model = load_model(checkpoint, device, torch.bfloat16)
     engine = Engine(model, model.make_cache(checkpoint.args.max_seq_length))
-    sampling = Sampling(torch.tensor(1, dtype=torch.int32, device=device), torch.tensor(0.8, device=device))
+    sampling = Sampling.on(device, 1, 0.8)
     start = time.perf_counter()
     if compiled and device == "cuda":
         engine.compile(True, False, sampling)

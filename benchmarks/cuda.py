@@ -60,7 +60,7 @@ def random_model(shape: str, scheme: str) -> Transformer:
 
 
 def new_sampling() -> Sampling:
-    return Sampling(torch.tensor(1, dtype=torch.int32, device="cuda"), torch.tensor(0.8, device="cuda"))
+    return Sampling.on("cuda", 1, 0.8)
 
 
 def read_speed() -> float:

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <mutex>
+#include <numeric>
 #include <pthread.h>
 #include <vector>
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(PORTABLE)
@@ -438,25 +439,37 @@ extern "C" const Phase attention[] = {phase<Attention, &Attention::begin, &Atten
 struct Sampler : Rows {
     const int64_t *input_pos;
     const int32_t *seed;
-    const float *temperature;
+    const float *temperature, *top_p, *log_min_p;  // the last two may be missing
     long top_k, vocab_size;
     int64_t *y;
 
+    // The largest scores stay, of equal ones the first: at most `most`, until they have `part` of all probability. The
+    // others become minus infinity.
+    void keep(std::vector<float> &scores, long most, float part) const {
+        static thread_local std::vector<std::pair<float, long>> heap;  // of equal scores the one with the larger -i comes first
+        heap.resize(vocab_size);
+        for (long i = 0; i < vocab_size; i++) heap[i] = {scores[i], -i};
+        std::make_heap(heap.begin(), heap.end());
+        const float top = heap[0].first;
+        double total = 0, sum = 0;
+        for (float score : scores) total += exponential(score - top);
+        auto rest = heap.end();
+        for (; rest > heap.begin() && heap.end() - rest < most && sum < part * total; sum += exponential(rest->first - top))
+            std::pop_heap(heap.begin(), rest--);
+        while (rest > heap.begin()) scores[-(--rest)->second] = -INFINITY;
+    }
+
     void run(long row) const {
-        static thread_local std::vector<float> scores, best;
+        static thread_local std::vector<float> scores;
         scores.resize(vocab_size);
         float *score = scores.data(), *end = score + vocab_size;
         for (long i = 0; i < vocab_size; i++) score[i] = to_float(x[row * in + i]);
         y[row] = -1;
         if (std::any_of(score, end, [](float each) { return std::isnan(each); })) return;
-        if (top_k < vocab_size) {  // the others become minus infinity; of equal ones the first stay
-            best = scores;
-            std::nth_element(best.begin(), best.end() - top_k, best.end());
-            const float worst = best[vocab_size - top_k];
-            long equal = top_k - std::count_if(score, end, [&](float each) { return each > worst; });
-            for (float *each = score; each < end; each++)
-                if (*each < worst || (*each == worst && equal-- <= 0)) *each = -INFINITY;
-        }
+        if (top_k < vocab_size) keep(scores, top_k, INFINITY);
+        if (top_p) keep(scores, vocab_size, *top_p);
+        const float least = log_min_p ? *std::max_element(score, end) + *log_min_p : -INFINITY;
+        std::replace_if(score, end, [&](float each) { return each < least; }, -INFINITY);
         const uint32_t key = hash32(hash32(hash32(*seed) + uint32_t(input_pos[row])));
         const float scale = *temperature;
         for (long i = 0; i < vocab_size; i++) {

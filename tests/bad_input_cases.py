@@ -704,6 +704,10 @@ USAGE = {
         "--temperature inf": "inf: must be from 0 to",
         "--temperature 1e39": "1e39: must be from 0 to 1e+30",
         "--top_k 0": "0: must be from 1",
+        "--top_p 0": "0: must be from 1e-06 to 1",
+        "--top_p 1.5": "1.5: must be from 1e-06 to 1",
+        "--min_p -0.1": "-0.1: must be from 0 to 1",
+        "--min_p nan": "nan: must be from 0 to 1",
         "--speculate_k 99": "99: must be from 1 to 15",
         "--seed -1": "-1: must be from 0 to 2147483647",
         "--seed 2147483648": "2147483648: must be from 0 to 2147483647",
@@ -718,10 +722,6 @@ USAGE |= {
     name: Case(command, f"error: {says}", status=2, shows="usage: ", marks=tuple(marks))
     for name, (command, says, *marks) in {
         "an unknown flag": (f"{GENERATE} --no_such_flag", "unrecognized arguments: --no_such_flag"),
-        "two ways to guess": (
-            f"{GENERATE} --prompt_lookup --draft_checkpoint_path x",
-            "argument --draft_checkpoint_path: not allowed with",
-        ),
         "no CUDA": (f"{GENERATE} --device cuda", "argument --device: invalid choice: 'cuda' (choose from", *NO_CUDA),
         "no checkpoint": ("python generate.py", "the following arguments are required: --checkpoint_path"),
         "a context, which is --system now": (f"{PREFILL} --context a", "unrecognized arguments: --context a"),

@@ -14,12 +14,13 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # the kernels of CUDA run on a CPU; Triton reads it when it is imported
 
 from checkpoint import empty_model, load_model, read_checkpoint
-from generate import Engine, Speculation, generate, step
+from generate import Engine, generate, step
 from kernels import cpu
 from kernels.sampling import Sampling
 from model import ModelArgs, Transformer
 from quantize import quantize
 from scripts.convert_hf_checkpoint import convert
+from speculation import Speculation
 from tokenizer import of_sentencepiece, text_decoder
 
 ROOT = Path(__file__).parents[1]
@@ -92,8 +93,15 @@ def random_model(args: ModelArgs, spread: float = 0.3) -> Transformer:
     return model
 
 
-def make_sampling(seed: int = 1, temperature: float = 0.0, top_k: int | None = None) -> Sampling:
-    return Sampling(torch.tensor(seed, dtype=torch.int32), torch.tensor(temperature), top_k)
+def make_sampling(
+    seed: int = 1,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    vocab_size: int | None = None,
+) -> Sampling:
+    return Sampling.on("cpu", seed, temperature, top_p, min_p, top_k=top_k, vocab_size=vocab_size)
 
 
 def new_engine(model: Transformer, positions: int | None = None) -> Engine:

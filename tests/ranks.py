@@ -12,8 +12,9 @@ import torch
 
 import tp
 from checkpoint import read_checkpoint
-from generate import Engine, Speculation, prompt_lookup
+from generate import Engine
 from generate_prefill import CachedEngine, Store
+from speculation import PLAIN, Lookup, Speculation
 from tests.conftest import generated, make_sampling, new_engine
 
 COUNT = 8  # tokens of an answer
@@ -21,10 +22,10 @@ COMPILED = "gqa_int4.g32.pth"
 
 
 class Eager(Speculation):
-    """Guesses four tokens each time, whether that pays or not."""
+    """Guesses four tokens each time that it can, whether that pays or not."""
 
-    def choose(self, room: int) -> int:
-        return min(room, 4)
+    def choose(self, room: int, sources: list[int]) -> tuple[int, int]:
+        return (sources[-1], min(room, 4)) if sources else (PLAIN, 0)
 
 
 def load(path: Path, draft: bool = False, dtype: torch.dtype = torch.float32) -> Engine:
@@ -49,9 +50,11 @@ def answers(path: Path, prompts: list[list[int]]) -> dict:
     }
     if path.name.endswith(("float.pth", "g64.pth")):
         draft = load(path.with_name(path.name.split("_")[0] + ".draft.pth"), draft=True)
-        for name, guess in (("draft", draft.guess), ("lookup", prompt_lookup)):
-            found[f"sampled {name}"] = [say(prompt, warm, Eager(guess, 15)) for prompt in prompts]
-            found[f"greedy {name}, as it pays"] = [say(prompt, greedy, Speculation(guess, 5)) for prompt in prompts]
+        sources = {"draft": (draft.guess, None), "lookup": (None, Lookup()), "both": (draft.guess, Lookup())}
+        for name, (guess, lookup) in sources.items():
+            found[f"sampled {name}"] = [say(prompt, warm, Eager(guess, 15, lookup)) for prompt in prompts]
+            pays = Speculation(guess, 5, lookup)
+            found[f"greedy {name}, as it pays"] = [say(prompt, greedy, pays) for prompt in prompts]
     stored = {}
     for time_of in ("first", "again"):
         store = Store(path.with_suffix(".prefixes"), 10**9)

@@ -24,10 +24,11 @@ from torch.utils._pytree import tree_leaves
 
 import kernels
 from checkpoint import load_model, read_checkpoint
-from generate import Engine, Speculation, prompt_lookup
+from generate import Engine
 from kernels import cpu
 from model import ModelArgs, Transformer
 from quantize import quantize, quantize_int4, quantize_int8
+from speculation import DRAFT, PLAIN, Lookup, Speculation
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -292,9 +293,9 @@ def test_a_captured_step_gives_what_the_step_gives(like_cuda, temperature: float
     for _ in range(2):  # the second time nothing is captured any more
         assert generated(engine, prompt, 8, sampling) == expected
     speculation = Speculation(lambda ids, count, sampling: [*(prompt + expected)[len(ids) :][: count - 1], 0], 3)
-    speculation.choose = lambda room: min(room, 3)
+    speculation.choose = lambda room, sources: (DRAFT, min(room, 3))
     assert generated(engine, prompt, 8, sampling, speculation=speculation) == expected
-    assert {accepted for _, accepted in speculation.rounds} >= {0, 2}
+    assert {accepted for _, _, accepted in speculation.rounds} >= {0, 2}
     assert all(isinstance(program, cuda.Graph) and program.complete for program in engine.few.programs.values())
 
 
@@ -555,10 +556,10 @@ def test_speculation_is_exact_in_bfloat16(demo, weights: str, temperature: float
         for each in (engine, draft):
             each.compile(True, True, sampling)
     expected = generated(engine, PROMPT * 3, 60, sampling)
-    for guess in (draft.guess, prompt_lookup):
+    for guess, lookup in ((draft.guess, None), (None, Lookup()), (draft.guess, Lookup())):
         for count in (1, 3, 6, 15):
-            speculation = Speculation(guess, count)
-            speculation.choose = lambda room, count=count: min(room, count)
+            speculation = Speculation(guess, count, lookup)
+            speculation.choose = lambda room, sources, count=count: (sources or [PLAIN])[-1:] + [min(room, count)]
             engine.ids = []
             assert generated(engine, PROMPT * 3, 60, sampling, speculation=speculation) == expected
 

@@ -44,6 +44,30 @@ def test_samples_follow_the_softmax(top_k: int | None) -> None:
     assert abs(chi_square(torch.bincount(ids, minlength=40).float(), (kept / temperature).softmax(-1))) < 4
 
 
+WARPERS = {"top_k": "TopKLogitsWarper", "top_p": "TopPLogitsWarper", "min_p": "MinPLogitsWarper"}  # in this order
+
+
+@pytest.mark.parametrize(
+    "likely", [{"top_p": 0.7}, {"min_p": 0.1}, {"top_k": 12, "top_p": 0.8, "min_p": 0.05}, {"top_k": 3, "min_p": 0.3}]
+)
+def test_likely_samples_follow_what_the_warpers_of_transformers_leave(likely: dict) -> None:
+    """200,000 draws, in float32 and by the kernel; all before the temperature."""
+    from transformers.generation import logits_process  # noqa: PLC0415
+
+    logits = (torch.randn(1, 40, generator=torch.Generator().manual_seed(0)) * 1.5).bfloat16()
+    left = logits.float()
+    for name, warper in WARPERS.items():
+        if name in likely:
+            left = getattr(logits_process, warper)(likely[name])(None, left)
+    temperature, draws = 0.7, 200_000
+    sampling = make_sampling(7, temperature, **likely)
+    ids = sample(logits.float().expand(draws, -1), torch.arange(draws), sampling)
+    assert abs(chi_square(torch.bincount(ids, minlength=40).float(), (left[0] / temperature).softmax(-1))) < 4
+    for start in range(0, 320, 16):
+        rows = sample(logits.expand(16, -1).contiguous(), torch.arange(start, start + 16), sampling)
+        assert torch.equal(rows, ids[start : start + 16])
+
+
 def test_temperature_zero_is_the_argmax() -> None:
     logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(1))
     assert torch.equal(sample(logits, torch.arange(50), make_sampling(3, 0.0)), logits.argmax(-1))

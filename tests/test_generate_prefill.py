@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 
 import generate_prefill
 from checkpoint import load_model, read_checkpoint
-from generate import Speculation, generate, prompt_lookup
+from generate import generate
 from generate_prefill import BLOCK, CachedEngine, Store
 from model import ModelArgs, Transformer
+from speculation import Lookup, Speculation
 
 ARGS = ModelArgs(32, 2, 4, 2, 8, 48, 97, 1e-5, 10000.0, 1.0, 256)
 GB = 10**9
@@ -194,15 +195,15 @@ def test_text_with_quantization_and_speculation(
     draft = load_model(read_checkpoint(demo["draft"]), "cpu", torch.float32)
     for restarted in (False, True):
         engine, other = cached_engine(tmp_path, model=model), cached_engine(tmp_path, model=draft, root="draft")
-        sources = {"none": None, "lookup": prompt_lookup, "draft": other.guess}
-        speculation = Speculation(sources[guesses], 7) if sources[guesses] else None
+        sources = {"none": None, "lookup": Speculation(None, 7, Lookup()), "draft": Speculation(other.guess, 7)}
+        speculation = sources[guesses]
         ids, _, cached = answer(engine, prompt, 40, speculation)
         other.keep(prompt + ids)
         assert ids == expected
         assert cached == restarted * 128
     names = {name for each in (engine, other) for _, name, _ in each.blocks((prompt + ids)[:-1])}
     assert files(tmp_path) <= names
-    assert speculation is None or any(tried for tried, _ in speculation.rounds)
+    assert speculation is None or any(tried for _, tried, _ in speculation.rounds)
 
 
 @pytest.mark.slow
@@ -212,7 +213,7 @@ def test_text_when_compiled(quantized: dict, tmp_path: Path) -> None:
     answer(cached_engine(tmp_path, model=model), A, 30)
     engine = cached_engine(tmp_path, model=model)
     engine.compile(True, True, make_sampling(3, 0.8))
-    speculation = Speculation(prompt_lookup, 5)
+    speculation = Speculation(None, 5, Lookup())
     ids, _, cached = answer(engine, A, 30, speculation)
     assert (ids, cached) == (expected, 96)
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_cli
+from conftest import ROOT, make_sampling, run_cli
 
 import kernels
 from checkpoint import GROUPSIZES, load_model, read_checkpoint
 from kernels import cpu
-from kernels.sampling import Sampling, sample
+from kernels.sampling import sample
 from quantize import quantize, quantize_int4, quantize_int8
 
 SCHEMES = [(16, 0), (8, 0), *((4, groupsize) for groupsize in GROUPSIZES)]  # bits and group size
@@ -202,15 +202,20 @@ def test_nan_and_infinity_pass_through_what_stands_between_products(library) -> 
         assert not kernels.swiglu(x)[0, 0, 3].isfinite()
 
 
-@pytest.mark.parametrize("top_k", [None, 1, 2, 40, 999, 5000])
+LIKELY = [(k, None, None) for k in (None, 1, 2, 40, 999, 5000)]  # top_k, top_p, min_p
+LIKELY += [(None, 0.9, None), (None, 1e-6, None), (None, 1.0, None), (None, None, 0.05), (None, None, 1.0)]
+LIKELY += [(40, 0.8, None), (40, None, 0.1), (None, 0.95, 0.02), (100, 0.9, 0.01)]
+
+
+@pytest.mark.parametrize("top_k, top_p, min_p", LIKELY)
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.5])
-def test_samples_are_those_of_pytorch(library, temperature: float, top_k: int | None) -> None:
-    """The same noise within float32's rounding, the same choice among equal logits: 640 samples of 1,000 tokens."""
-    for seed in range(40):
+def test_samples_are_those_of_pytorch(library, temperature: float, top_k: int | None, top_p, min_p) -> None:
+    """The same noise within float32's rounding, the same choice among equal logits: 320 samples of 1,000 tokens."""
+    for seed in range(20):
         logits = normal(16, 1000, seed=seed).bfloat16()
         if seed % 2:
             logits = (logits * 2).round() / 2  # many are equal
-        sampling = Sampling(torch.tensor(seed, dtype=torch.int32), torch.tensor(temperature), top_k, 990)
+        sampling = make_sampling(seed, temperature, top_k, top_p, min_p, 990)
         positions = torch.arange(16) + 1000 * seed
         assert torch.equal(sample(logits, positions, sampling), sample(logits.float(), positions, sampling))
 
@@ -218,10 +223,10 @@ def test_samples_are_those_of_pytorch(library, temperature: float, top_k: int | 
 def test_a_sample_of_what_is_not_finite_is_none(library) -> None:
     for value in (float("nan"), float("inf"), -float("inf")):
         for place in (0, 5, slice(None)):
-            for top_k in (None, 3):
+            for likely in LIKELY:
                 logits = torch.zeros(2, 64, dtype=torch.bfloat16)
                 logits[1, place] = value
-                sampling = Sampling(torch.tensor(1, dtype=torch.int32), torch.tensor(0.8), top_k)
+                sampling = make_sampling(1, 0.8, *likely)
                 ids = sample(logits, torch.arange(2), sampling).tolist()
                 assert ids[0] >= 0
                 some = value < 0 and place != slice(None)  # an impossible token among possible ones
@@ -230,7 +235,7 @@ def test_a_sample_of_what_is_not_finite_is_none(library) -> None:
 
 def test_row_i_of_many_is_that_row_alone_between_products(library) -> None:
     x, norm = normal(1, 16, 768).bfloat16(), kernels.RMSNorm(768, 1e-5).bfloat16()
-    sampling = Sampling(torch.tensor(1, dtype=torch.int32), torch.tensor(0.8), 40)
+    sampling = make_sampling(1, 0.8, 40, 0.9, 0.01)
     positions = torch.arange(16)
     for i in range(16):
         row = slice(i, i + 1)

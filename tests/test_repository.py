@@ -19,8 +19,11 @@ OURS = [name for name in SHIPPED if name.endswith(".py")]
 PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "BENCHMARKS.md")}
 DENSE, SHARE = 30, 0.04  # at most this share of the simple statements may have more tokens
 MAY_IMPORT = {  # who may import whom; what is not named here imports nothing of ours
-    "generate_prefill": {"generate", "tp", "terminal"},
-    "generate": {"chat", "checkpoint", "kernels", "kernels.sampling", "model", "terminal", "tokenizer", "tp"},
+    "generate_prefill": {"chat", "generate", "tp", "terminal"},
+    "generate": {
+        *("chat", "checkpoint", "kernels", "kernels.sampling", "model", "speculation", "terminal", "tokenizer", "tp")
+    },
+    "speculation": {"kernels.sampling", "tp"},
     "chat": {"terminal", "tokenizer", "tp"},
     "tokenizer": {"terminal"},
     "tp": {"checkpoint", "model", "terminal"},
@@ -89,19 +92,19 @@ def counts() -> dict[str, int]:
 
 
 def test_line_budgets() -> None:
-    """Under 1,000 lines of Python run a model, at most 450 convert and quantize one. README states all.
+    """Under 1,120 lines of Python run a model, at most 450 convert and quantize one. README states all.
 
-    In kernels/ at most 300 of Python, 240 of Triton and 450 of C++. The design gave Python and Triton 250 together, and
-    all outside kernels/ 1,000; with a recorded step, CUDA and byte-level BPE, written plainly, they take more. On
-    a card the first 166 of Triton were half as fast in 4 bits (BENCHMARKS.md).
+    In kernels/ at most 320 of Python, 240 of Triton and 460 of C++. The design gave Python and Triton 250 together, and
+    all outside kernels/ 1,000; with a recorded step, CUDA, byte-level BPE and two sources of guesses, written plainly,
+    they take more. On a card the first 166 of Triton were half as fast in 4 bits (BENCHMARKS.md).
     """
     found = counts()
-    assert found["run"] < 1000
+    assert found["run"] < 1120
     assert found["prepare"] <= 450
-    assert found["kernels"] <= 300
+    assert found["kernels"] <= 320
     assert found["triton"] <= 240
-    assert found["cpp"] <= 450
-    claim = "{total:,} lines of Python: {run} run a model, {prepare} convert and quantize one; `kernels/` has "
+    assert found["cpp"] <= 460
+    claim = "{total:,} lines of Python: {run:,} run a model, {prepare} convert and quantize one; `kernels/` has "
     claim += "{kernels} of Python, {triton} of Triton and {cpp} of C++"
     claim = claim.format(**found)
     assert claim in PAGES["README.md"]

