@@ -171,11 +171,13 @@ class Shown:
         """Whether the answer goes on."""
         self.held += data
         found = [(self.held.index(stop), stop) for stop in self.stops if stop in self.held]
-        begun = [n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])]
+        lengths = [(stop, range(1, min(len(stop), len(self.held) + 1))) for stop in self.stops]
+        begun = [n for stop, each in lengths for n in each if self.held.endswith(stop[:n])]
         count, self.stop = min(found, default=(len(self.held) - max(begun, default=0), b""))
-        print(self.decode(self.held[:count]), end="", flush=True)
-        self.size += count
+        sure = self.held[:count]
         self.held = b"" if self.stop else self.held[count:]
+        self.size += count
+        print(self.decode(sure), end="", flush=True)
         return not self.stop
 
     def end(self, line_end: str) -> None:
@@ -276,7 +278,7 @@ class Session:
             answer.why = self.reason(answer, shown.stop)
         answer.times = answer.times or [time.perf_counter() - start]
         shown.end("\n" if self.args.interactive or sys.stdout.isatty() else "")
-        said = self.tokenizer.beginning(prompt, answer.ids, shown.size) if shown.stop else answer.ids
+        said = self.tokenizer.beginning(answer.ids, shown.size) if shown.stop else answer.ids
         with suppress(KeyboardInterrupt) if may_interrupt else nullcontext():
             for each in self.engines:
                 each.keep(prompt + said)
@@ -307,6 +309,7 @@ class Session:
         size = sum(weight.nbytes for name, weight in weights if name != "tok_embeddings.weight")
         cuda = self.args.device == "cuda"
         peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        accepted = min(accepted, decoded)  # behind a stop text they are no tokens
         guesses = f"\nGuesses: {tried} tried, {accepted} accepted, {decoded} tokens in {len(rounds)} passes"
         return f"""Prompt tokens: {answer.prompt} (cached {answer.cached} of {answer.prompt})
 Time to first token: {first:.3f} s

@@ -6,6 +6,7 @@ It owns the files in which keys and values outlive a process; all else is genera
 """
 
 import ctypes
+import glob
 import hashlib
 import json
 import os
@@ -161,19 +162,22 @@ class SavedConversation(Conversation):
     """
 
     MAGIC: ClassVar = b"llama session 1\n\0"
+    SAID: ClassVar = ("ids", "messages", "asked", "answer")
     path: Path = None  # has to be given
+    sealed: bytes = b""  # how the file began when it was last read or written
 
     @classmethod
     def take_up(cls, *settings: object, path: Path) -> "SavedConversation":
         """That in the file, or a new one. ValueError where the file is no session, or of other settings."""
         talk = cls(*settings, path=path)
-        if said := tp.agree(talk.read):
-            if said.pop("settings") != talk.settings():
-                raise ValueError(f"{path} was begun with another model, --system or --raw: name another file")
-            print(f"{path}: going on behind {len(said['ids'])} tokens", file=sys.stderr)
-            return replace(talk, **said)
-        talk.write()
-        return talk
+        said = tp.agree(talk.read)
+        if said is None:
+            talk.write()
+            return talk
+        if said.pop("settings") != talk.settings():
+            raise ValueError(f"{path} was begun with another model, --system or --raw: name another file")
+        print(f"{path}: going on behind {len(said['ids'])} tokens", file=sys.stderr)
+        return replace(talk, **said)
 
     def settings(self) -> str:
         """What the ids depend on."""
@@ -185,35 +189,61 @@ class SavedConversation(Conversation):
         if not self.path.exists():
             return None
         with terminal.reading(self.path, "name another file"):
-            data = self.path.read_bytes()
-            if not data.startswith(self.MAGIC[:14]):
+            self.sealed = self.head()
+            if not self.sealed.startswith(self.MAGIC[:14]):
                 raise ValueError("this is no session of generate_prefill.py: name another file")
-            if not data.startswith(self.MAGIC):
-                raise ValueError("another version wrote this session: name another file")
-            content = data[len(self.MAGIC) + 32 :]
-            if data[len(self.MAGIC) : -len(content)] != hashlib.sha256(content).digest():
+            content = self.path.read_bytes()[len(self.sealed) :]
+            if self.sealed.startswith(self.MAGIC) and self.sealed != self.seal(content):
                 raise ValueError("this session is damaged: name another file")
-            return json.loads(content)
+            said = json.loads(content) if self.sealed.startswith(self.MAGIC) else {}
+            if said.keys() != {"settings", *self.SAID}:
+                raise ValueError("another version wrote this session: name another file")
+            return said
+
+    def head(self) -> bytes:
+        """How the file begins; empty if it is none, or a device."""
+        if not self.path.is_file():
+            return b""
+        with open(self.path, "rb") as file:
+            return file.read(len(self.seal(b"")))
+
+    def seal(self, content: bytes) -> bytes:
+        """The bytes before `content` in the file."""
+        return self.MAGIC + hashlib.sha256(content).digest()
 
     def write(self) -> None:
-        """Put it into the file, whole or not at all."""
-        if tp.ranks()[0] == 0:
-            said = {name: getattr(self, name) for name in ("ids", "messages", "asked", "answer")}
+        """Put it into the file, whole or not at all. ValueError where that cannot be, or another program was there."""
+        if tp.ranks()[0] > 0:
+            return
+        try:
+            if self.path.exists() and self.head() != self.sealed:
+                raise ValueError(f"{self.path} was changed by another program: name another file")
+            said = {name: getattr(self, name) for name in self.SAID}
             content = json.dumps({"settings": self.settings(), **said}).encode()
+            terminal.delete_abandoned(self.path.parent, f".{glob.escape(self.path.name)}.[0-9]*.tmp")
             with terminal.replacing(self.path, mode=0o600) as temporary:
-                temporary.write_bytes(self.MAGIC + hashlib.sha256(content).digest() + content)
+                temporary.write_bytes(self.seal(content) + content)
+        except OSError as error:
+            raise ValueError(f"{self.path} cannot be written ({error.strerror}): name another file") from error
+        self.sealed = self.seal(content)
+
+    def save(self) -> None:
+        """Write it, or tell why not: the conversation goes on all the same, on every rank."""
+        try:
+            self.write()
+        except ValueError as error:
+            print(f"the conversation is not saved: {error}", file=sys.stderr)
 
     def cleared(self) -> "SavedConversation":
         """One in which nothing was said, which is in the file now."""
         talk = super().cleared()
-        talk.write()
+        talk.save()
         return talk
 
     def add(self, *turn: object) -> None:
-        """As ever. ValueError where it cannot be saved; it goes on all the same."""
+        """As ever, and into the file."""
         super().add(*turn)
-        with terminal.reading(self.path, "this turn is not saved"):
-            self.write()
+        self.save()
 
 
 def main() -> None:
@@ -227,7 +257,7 @@ def main() -> None:
     if not (args.system or args.prompt or args.interactive):
         args.system, args.prompt = SYSTEM, ["12 * 12 =", "41 * 41 ="]
     if args.session and not args.interactive:
-        raise ValueError("--session keeps a conversation: give --interactive as well")
+        parser.error("argument --session: it keeps a conversation: give --interactive as well")
     store = Store(Path(args.cache_dir or args.checkpoint_path.parent), int(args.cache_gb * 1e9))
     cached = not args.no_cache and args.device == "cpu"  # CUDA reads a prefix more slowly than it computes it
     conversation = partial(SavedConversation.take_up, path=args.session) if args.session else Conversation

@@ -88,6 +88,7 @@ class Speculation:
         self.lookup = lookup
         self.longest = longest
         self.read: tuple[list[int], int] = ([], 0)  # the text that the draft saw last, and how far
+        self.silent: list[int] = []  # the text that is too long for the draft
         self.rounds: list[tuple[int, int, int]] = []  # of an answer: source, guesses tried, accepted, of each pass
         self.passes = 0
         self.tried: dict[int, int] = defaultdict(int)  # by source: the pass that tried it last
@@ -153,12 +154,14 @@ class Speculation:
         for i in range(min(accepted + 1, tried)):
             self.stands[source][i].add(float(i < accepted), self.passes)
         mean = self.seconds(source)[tried]
+        if mean.count > 2:
+            seconds = min(seconds, 3 * mean.value)  # a pause of the machine is not the cost of a pass
         mean.add(seconds, self.passes, forget=mean.count == 1)
 
     def advance(self, engine, ids: list[int], room: int, sampling: Sampling) -> list[int]:
         """The tokens that follow `ids`, in one pass of an Engine: one, and those of up to `room` guesses that stand."""
         length = self.lookup.find(ids)[0] if self.lookup else 0
-        sources = [DRAFT] if self.draft else []
+        sources = [DRAFT] if self.draft and self.silent is not ids else []
         if length > 0:
             sources.append(length)
         # The first rank's clock decides.
@@ -170,8 +173,11 @@ class Speculation:
             self.read = ids, len(ids)
         start = time.perf_counter()
         guesses = []
-        if source != PLAIN:
-            guesses = self.draft(ids, count, sampling) if source == DRAFT else self.lookup.guess(ids, count)
+        if source > DRAFT:
+            guesses = self.lookup.guess(ids, count)
+        elif source == DRAFT:
+            guesses = self.draft(ids, count, sampling)
+            self.silent = [] if guesses else ids
         samples = engine.run([ids[-1], *guesses], sampling)
         accepted = len(os.path.commonprefix([guesses, samples]))
         self.learn(source, len(guesses), accepted, time.perf_counter() - start)

@@ -4,6 +4,7 @@ It knows nothing of models. A script imports it before torch for the sake of the
 """
 
 import argparse
+import errno
 import fcntl
 import math
 import os
@@ -104,9 +105,12 @@ def read_text(argument: str, name: str, plain: bool = False) -> str:
 
     A line end behind the last line of standard input or of a file is not part of it. ValueError where there is no text.
     """
-    if argument == "-" and not plain:
+    if plain:
+        with reading(name, "give some text in UTF-8"):
+            text = os.fsencode(argument).decode()
+    elif argument == "-":
         text = decode_text(sys.stdin.buffer.read(), name).removesuffix("\n")
-    elif argument.startswith("@") and not plain:
+    elif argument.startswith("@"):
         with reading(f"{name} {argument}", 'name a file behind the @, or give text that begins with @ through "-"'):
             data = Path(argument[1:]).read_bytes()
         text = decode_text(data, f"{name} {argument}").removesuffix("\n")
@@ -133,7 +137,9 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[Path]:
     If the block raises, the temporary file is deleted and `path` stays as it was. A symbolic link stays a link: the
     file that it points to is replaced. OSError with the reason where there cannot be such a file.
     """
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     # No number of a process: containers that share a disk repeat these.
     temporary = path.with_name(f".{path.name}.{int.from_bytes(os.urandom(6), 'big')}.tmp")
     with open(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, mode), "rb") as file:

@@ -4,10 +4,11 @@ import codecs
 import json
 import re
 import terminal
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import sentencepiece
 from jinja2 import TemplateError
@@ -109,15 +110,14 @@ class Tokenizer:
                 ids += self.encode_part(part.replace(QUOTE, ""), self.pieces if begins else self.inner)
         return ids
 
-    def beginning(self, before: list[int], ids: list[int], size: int) -> list[int]:
-        """Ids of the first `size` bytes of what `ids` say behind `before`. A part of a token is encoded anew."""
-        for count, token in enumerate(ids):
-            said = self.bytes_of(token)
-            if len(said) > size:
-                kept = before + ids[:count]
-                return self.encode_rendered(said[:size].decode(errors="ignore"), kept)[len(before) :]
-            size -= len(said)
-        return ids
+    def beginning(self, ids: list[int], size: int) -> list[int]:
+        """Ids of the first `size` bytes of what `ids` say: of these the first, and anew what they do not say alone."""
+        said = b"".join(map(self.bytes_of, ids))[:size]
+        ends = [0, *accumulate(len(self.bytes_of(token)) for token in ids)]
+        count = bisect_right(ends, size) - 1
+        while count > 0 and ends[count] < size and said[ends[count]] >> 6 == 0b10:  # it goes on within a character
+            count -= 1
+        return ids[:count] + self.encode_part(said[ends[count] :].decode(errors="ignore"), self.inner)
 
     def encode_part(self, text: str, pieces: sentencepiece.SentencePieceProcessor) -> list[int]:
         """The ids of a text by the vocabulary alone."""

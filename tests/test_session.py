@@ -1,6 +1,8 @@
 """--session: a conversation is left and taken up; its file is private, whole, and refused where it is not ours."""
 
+import hashlib
 import io
+import os
 import re
 import stat
 import subprocess
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TOKENIZER
 from test_conversation import chat, session_of  # noqa: F401  a fixture
 
 from chat import converse
@@ -77,18 +79,22 @@ def damaged(data: bytes) -> dict[str, tuple[bytes, str]]:
         "newer": (data.replace(b"llama session 1", b"llama session 2", 1), "another version wrote"),
         "foreign": (b"# my diary\n", "is no session"),
         "empty": (b"", "is no session"),
+        "of other fields": (SavedConversation.MAGIC + hashlib.sha256(b"{}").digest() + b"{}", "another version wrote"),
     }
 
 
-@pytest.mark.parametrize("name", damaged(b"-" * 99))
-def test_what_is_no_whole_session_is_refused_and_stays(name: str, chat, left: Path, tmp_path: Path) -> None:  # noqa: F811
-    content, says = damaged((left / "talk").read_bytes())[name]
-    (tmp_path / "talk").write_bytes(content)
+def test_what_is_no_whole_session_is_refused_and_stays(chat, left: Path, tmp_path: Path) -> None:  # noqa: F811
+    whole = (left / "talk").read_bytes()
+    for content, says in damaged(whole).values():
+        (tmp_path / "talk").write_bytes(content)
+        talk = SavedConversation(TOKENIZER, 1024, "", True, path=tmp_path / "talk")
+        with pytest.raises(ValueError, match=f"talk: .*{says}.*: name another file$"):
+            talk.read()
+        assert (tmp_path / "talk").read_bytes() == content
     done = say(chat["float32"], tmp_path, ["import os"])
-    assert done.returncode == 1 and done.stdout == ""
+    assert done.returncode == 1 and done.stdout == "" and (tmp_path / "talk").read_bytes() == content
     (line,) = [line for line in done.stderr.splitlines() if not line.startswith("Load time")]
-    assert says in line and str(tmp_path / "talk") in line and "name another file" in line
-    assert (tmp_path / "talk").read_bytes() == content
+    assert says in line and str(tmp_path / "talk") in line
 
 
 @pytest.mark.slow
@@ -111,15 +117,28 @@ def test_another_model_or_system_is_refused(chat, demo, left: Path, tmp_path: Pa
     assert say(chat["int8"], tmp_path, ["import os"]).returncode == 0
 
 
-@pytest.mark.slow
-def test_what_cannot_be_written_is_said_before_the_first_turn(chat, tmp_path: Path) -> None:  # noqa: F811
-    (tmp_path / "talk").mkdir()
-    (tmp_path / "missing").mkdir()
-    for flags in ([], ["--session", tmp_path / "none" / "talk"]):
-        done = say(chat["float32"], tmp_path, ["import os"], *flags)
-        assert done.returncode == 1 and done.stdout == ""
-        assert "talk" in done.stderr.splitlines()[-1]
-        assert "Traceback" not in done.stderr
+def test_what_cannot_be_a_session_is_said_before_the_first_turn(tmp_path: Path) -> None:
+    """A folder, a device that never ends, a pipe that nobody writes to, a ring of links, a folder that is not there."""
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    places = {
+        tmp_path / "folder": "is no session",
+        Path("/dev/zero"): "is no session",
+        tmp_path / "pipe": "is no session",
+    }
+    places |= {tmp_path / "a": "symbolic links", tmp_path / "none" / "talk": "cannot be written .No such file"}
+    for path, says in places.items():
+        with pytest.raises(ValueError, match=f"{path}.*{says}.*: name another file$"):
+            SavedConversation.take_up(TOKENIZER, 1024, "", False, path=path)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a", "b", "folder", "pipe"]
+
+
+def test_what_a_killed_process_left_is_deleted(tmp_path: Path) -> None:
+    (tmp_path / ".talk.123.tmp").write_bytes(b"words")
+    SavedConversation.take_up(TOKENIZER, 1024, "", False, path=tmp_path / "talk")
+    assert [each.name for each in tmp_path.iterdir()] == ["talk"]
 
 
 def test_a_turn_that_cannot_be_saved_is_told(chat, tmp_path: Path, monkeypatch, capsys) -> None:  # noqa: F811
@@ -135,8 +154,26 @@ def test_a_turn_that_cannot_be_saved_is_told(chat, tmp_path: Path, monkeypatch, 
             folder.rename(tmp_path / "gone")
         return session.answer(prompt)
 
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"import os\nimport sys\n")))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"import os\n/clear\nimport sys\n")))
     converse(talk, answer, session.statistics)
     told = capsys.readouterr()
-    assert told.err.count("this turn is not saved") == 2
+    assert told.err.count("the conversation is not saved: ") == told.err.count("talk cannot be written (No such") == 3
     assert len(told.out.strip().splitlines()) >= 2
+
+
+def test_what_another_program_wrote_meanwhile_stays(tmp_path: Path, capsys) -> None:
+    """A second process that goes on with the same file, or somebody's own words."""
+    settings, path = (TOKENIZER, 1024, "", False), tmp_path / "talk"
+    one, other = SavedConversation.take_up(*settings, path=path), SavedConversation.take_up(*settings, path=path)
+    other.add("a", [1, 5], [6])
+    for content in (path.read_bytes(), b"my diary"):
+        path.write_bytes(content)
+        one.add("b", [1, 7], [8])
+        one.cleared()
+        assert path.read_bytes() == content
+        assert (
+            capsys.readouterr().err.count(f"the conversation is not saved: {path} was changed by another program") == 2
+        )
+    path.unlink()
+    one.add("c", [1, 7], [8])
+    assert SavedConversation.take_up(*settings, path=path).ids == one.ids == [1, 7, 8]

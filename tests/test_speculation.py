@@ -169,6 +169,15 @@ def test_a_draft_of_a_shorter_context_falls_silent(target: Transformer, models: 
         assert len(draft.ids) <= 64
 
 
+def test_the_text_goes_on_guessing_where_a_draft_has_fallen_silent(target: Transformer, models) -> None:
+    draft = new_engine(random_model(replace(models["draft"].args, max_seq_length=64)))
+    engine, speculation = new_engine(target), Speculation(draft.guess, 5, Lookup())
+    expected = generated(new_engine(target), PROMPT * 9, 60, make_sampling())
+    assert generated(engine, PROMPT * 9, 60, make_sampling(), speculation=speculation) == expected
+    silent, *others = [source for source, _, _ in speculation.rounds if source != PLAIN]
+    assert silent == DRAFT and others and DRAFT not in others
+
+
 def test_a_draft_whose_context_is_full_is_not_even_rewound(models: dict[str, Transformer]) -> None:
     """It costs nothing from there on: not a comparison, not a look for stored prefixes."""
     draft = new_engine(random_model(replace(models["draft"].args, max_seq_length=64)))
@@ -327,6 +336,19 @@ def test_two_sources_are_hardly_slower_than_the_better_one_alone(text: str, draf
     assert both < 1.03 * min(*alone, 1.0)
     if text == "in parts" and draft == 0.6 and alone[1] < 0.95:
         assert both < 0.97 * min(alone)
+
+
+def test_a_pause_of_the_machine_does_not_mislead_for_long() -> None:
+    """A minute in which a pass of a second slept: what was best is best again soon."""
+    for there, k in (({DRAFT: 0.0}, 0), ({5: 1.0}, 15)):
+        speculation, counts = Speculation(None, 15), []
+        for i in range(600):
+            source, tried = speculation.choose(15, list(there))
+            pause = 60.0 if i == 200 else 0.0
+            accepted = tried if there.get(source) else 0
+            speculation.learn(source, tried, accepted, SLOPED[tried] + 0.1 * tried * (source == DRAFT) + pause)
+            counts.append(tried)
+        assert sum(tried == k for tried in counts[300:]) > 270
 
 
 class Clock:

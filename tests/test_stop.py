@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
-from conftest import generated, make_sampling, new_engine, run_cli
+from conftest import TOKENIZER, generated, make_sampling, new_engine, run_cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_conversation import chat, session_of  # noqa: F401  a fixture
@@ -21,7 +21,7 @@ def split(text: bytes, cuts: list[int]) -> list[bytes]:
     return [text[start:end] for start, end in zip(places, places[1:], strict=False)]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     text=st.text("ab\u00e9\U0001f600", max_size=30),
     stops=st.lists(st.text("ab\u00e9\U0001f600", min_size=1, max_size=4), max_size=3),
@@ -73,7 +73,7 @@ def test_an_answer_ends_before_the_first_stop_text(session, guessing, guesses: b
     prompt = session.conversation().prompt(TEXT)
     _, text = answer(session, prompt, [], capsys)
     assert len(text) > 40
-    for _ in range(25):
+    for _ in range(12):
         start, size = draw.randrange(len(text) - 2), draw.randrange(1, 9)
         stops = [text[start : start + size], text[start : start + size] + "never", "path", "no such"]
         said, found = answer(asked, prompt, stops, capsys)
@@ -125,3 +125,16 @@ def test_a_conversation_goes_on_behind_what_was_shown(chat, capsys) -> None:  # 
     assert following[: len(prompt)] == prompt
     fresh = session_of(chat["float32"], "--temperature", 0.8)
     assert answer(one, following, [], capsys) == answer(fresh, following, [], capsys)
+
+
+@given(ids=st.lists(st.integers(3, 2047), max_size=12), size=st.integers(0, 40))
+def test_the_beginning_of_some_ids_says_the_beginning_of_their_text(ids: list[int], size: int) -> None:
+    """Wherever it ends between characters; of whole tokens it has the ids."""
+    said = b"".join(map(TOKENIZER.bytes_of, ids))
+    size = min(size, len(said))
+    while 0 < size < len(said) and said[size] >> 6 == 0b10:
+        size -= 1
+    found = TOKENIZER.beginning(ids, size)
+    assert b"".join(map(TOKENIZER.bytes_of, found)).decode(errors="ignore") == said[:size].decode(errors="ignore")
+    whole = [count for count in range(len(ids) + 1) if sum(len(TOKENIZER.bytes_of(i)) for i in ids[:count]) == size]
+    assert not whole or found == ids[: whole[-1]]
