@@ -18,7 +18,7 @@ int main() {
     std::vector<int64_t> ids = {5, 6, 7}, input_pos = {500, 501, 502}, samples(rows);
     std::vector<float> frequencies(head_dim / 2, 0.1f);
     int32_t seed = 7;
-    float temperature = 0.8f;
+    const float temperature = 0.8f, top_p = 0.9f, log_min_p = -6;
     std::vector<bf16> x(rows * dim), normed(rows * dim), qkv(rows * channels), attended(rows * dim), projected(rows * dim);
     std::vector<bf16> h(rows * dim), wide(rows * 2 * ffn), gated(rows * ffn), down(rows * dim), logits(rows * vocab);
 
@@ -36,8 +36,8 @@ int main() {
     const Between gate = {{wide.data(), rows, 2 * ffn, ffn}, nullptr, 0, gated.data()};
     const Product from_ffn = product(gated.data(), ffn, dim, w2, down.data());
     const Product to_logits = product(down.data(), dim, vocab, output, logits.data());
-    const Sampler sampler = {{logits.data(), rows, vocab, 1}, input_pos.data(), &seed, &temperature, 50, vocab,
-                             samples.data()};
+    const Sampler sampler = {{logits.data(), rows, vocab, 1}, input_pos.data(), &seed, &temperature, &top_p, &log_min_p,
+                             50, vocab, samples.data()};
     const Call calls[] = {{embedding, &embedded}, {rms_norm, &first}, {linear, &to_qkv}, {attention, &attend},
                           {linear, &to_dim}, {add, &sum}, {linear, &to_ffn}, {swiglu, &gate},
                           {linear, &from_ffn}, {linear, &to_logits}, {sample, &sampler}};

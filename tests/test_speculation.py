@@ -29,7 +29,12 @@ CHOICES = {
     "weights": WEIGHTS,
     "source": ("draft", "lookup", "both", "target", "random"),
 }
-COMPILED = {("float32", None), ("bfloat16", 20), ("int8", 1), ("int4", None)}  # each is a graph of its own: seconds
+COMPILED = [  # weights, top_k, top_p, min_p: each is a graph of its own, which takes seconds
+    ("float32", None, 0.9, None),
+    ("bfloat16", 20, None, 0.05),
+    ("int8", 1, None, None),
+    ("int4", None, 0.9, 0.05),
+]
 
 
 class Steady(Speculation):
@@ -55,7 +60,7 @@ def covering_set() -> list[dict]:
         for _ in range(200):
             run = {name: draw.choice(values) for name, values in CHOICES.items()}
             if run["compiled"]:
-                run["weights"], run["top_k"] = draw.choice(sorted(COMPILED, key=str))
+                run |= zip(("weights", "top_k", "top_p", "min_p"), draw.choice(COMPILED), strict=True)
             pairs = set(itertools.combinations(run.items(), 2))
             candidates.append((len(pairs & missing), len(candidates), run, pairs))
         _, _, run, pairs = max(candidates)
@@ -80,15 +85,15 @@ def models(demo: dict[str, Path], target: Transformer) -> dict[str, Transformer]
 
 @pytest.fixture(scope="module")
 def engine_of(models: dict[str, Transformer]) -> Callable:
-    """A function: weights, compiled with which top-k -> the engine, compiled once."""
+    """A function: weights, compiled with which top_k, top_p, min_p or not -> the engine, compiled once."""
     made = {}
 
-    def make(weights: str, compiled: bool, top_k: int | None) -> Engine:
-        key = (weights, compiled and (top_k,))
+    def make(weights: str, *compiled: float | None) -> Engine:
+        key = (weights, compiled)
         if key not in made:
             made[key] = new_engine(models[weights])
             if compiled:
-                made[key].compile(True, False, make_sampling(1, 0.5, top_k))
+                made[key].compile(True, False, make_sampling(1, 0.5, *compiled))
         return made[key]
 
     return make
@@ -115,8 +120,9 @@ def marks(run: dict) -> tuple:
 @pytest.mark.parametrize("run", [pytest.param(r, id=" ".join(map(str, r.values())), marks=marks(r)) for r in RUNS])
 def test_the_text_is_that_of_plain_decoding(run: dict, engine_of: Callable, models: dict[str, Transformer]) -> None:
     """With every parameter of sampling and number of guesses, in float32, bf16, int8 and int4, whoever guesses."""
-    engine = engine_of(run["weights"], run["compiled"], run["top_k"])
-    sampling = make_sampling(run["seed"], run["temperature"], run["top_k"], run["top_p"], run["min_p"])
+    likely = run["top_k"], run["top_p"], run["min_p"]
+    engine = engine_of(run["weights"], *(likely if run["compiled"] else ()))
+    sampling = make_sampling(run["seed"], run["temperature"], *likely)
     engine.ids.clear()  # or the prompt's last token would not run in one pass with the others, which bf16 sees
     expected = generated(engine, PROMPT, 60, sampling)
     speculation = steady(run["source"], run["weights"], models, run["k"])
