@@ -338,6 +338,13 @@ PROMPT = {
     "no file": Case(f"{GENERATE} --prompt @", "--prompt @: Is a directory; name a file behind the @"),
     "file empty": Case(f"{GENERATE} --prompt @$DIR/p", "--prompt is empty: give some text", write("p", "")),
     "file not UTF-8": Case(f"{GENERATE} --prompt @$DIR/p", f"--prompt @ ... {UTF8}", write("p", b"caf\xe9")),
+    "no stop text": Case(f"{GENERATE} --stop ''", "--stop is empty: give some text in UTF-8"),
+    "part of a character as stop text": Case(
+        f"{GENERATE} --stop \"$(printf '\\342')\"", "--stop: ... give some text in UTF-8"
+    ),
+    "a session in somebody's file": Case(
+        f"{PREFILL} --interactive --session $DIR/s", "s: this is no session ... name another file", write("s", "words")
+    ),
     "system missing": Case(
         f"{GENERATE} --system @$DIR/none", "--system @ ... No such file ... name a file behind the @"
     ),
@@ -725,6 +732,7 @@ USAGE |= {
         "no CUDA": (f"{GENERATE} --device cuda", "argument --device: invalid choice: 'cuda' (choose from", *NO_CUDA),
         "no checkpoint": ("python generate.py", "the following arguments are required: --checkpoint_path"),
         "a context, which is --system now": (f"{PREFILL} --context a", "unrecognized arguments: --context a"),
+        "a session of no conversation": (f"{PREFILL} --session s", "argument --session: it keeps a conversation: give"),
         "no room for prefixes": (f"{PREFILL} --cache_gb 0", "argument --cache_gb: 0: must be from 0.001 to"),
         "quantize, mode": (f"{QUANTIZE} --mode int3", "argument --mode: invalid choice: 'int3' (choose from"),
         "quantize, group size": (
