@@ -161,28 +161,27 @@ class SavedConversation(Conversation):
     The file holds users' words, so nobody else may read it; and ids, whose keys and values the store may have.
     """
 
-    MAGIC: ClassVar = b"llama session 1\n\0"
-    SAID: ClassVar = ("ids", "messages", "asked", "answer")
+    KIND: ClassVar = b"llama session "
+    MAGIC: ClassVar = KIND + b"1\n\0"
+    SAID: ClassVar = ("settings", "ids", "messages", "asked", "answer")
     path: Path = None  # has to be given
+    settings: str = ""  # a hash of what the ids depend on
     sealed: bytes = b""  # how the file began when it was last read or written
 
     @classmethod
     def take_up(cls, *settings: object, path: Path) -> "SavedConversation":
         """That in the file, or a new one. ValueError where the file is no session, or of other settings."""
         talk = cls(*settings, path=path)
+        known = talk.tokenizer.vocabulary(), talk.system, talk.tokenizer.template if talk.template else None
+        talk.settings = hashlib.sha256(repr(known).encode()).hexdigest()
         said = tp.agree(talk.read)
         if said is None:
             talk.write()
             return talk
-        if said.pop("settings") != talk.settings():
+        if said["settings"] != talk.settings:
             raise ValueError(f"{path} was begun with another model, --system or --raw: name another file")
         print(f"{path}: going on behind {len(said['ids'])} tokens", file=sys.stderr)
         return replace(talk, **said)
-
-    def settings(self) -> str:
-        """What the ids depend on."""
-        known = self.tokenizer.vocabulary(), self.system, self.tokenizer.template if self.template else None
-        return hashlib.sha256(repr(known).encode()).hexdigest()
 
     def read(self) -> dict | None:
         """What the file holds; None if there is none. ValueError where it is foreign or damaged."""
@@ -190,13 +189,13 @@ class SavedConversation(Conversation):
             return None
         with terminal.reading(self.path, "name another file"):
             self.sealed = self.head()
-            if not self.sealed.startswith(self.MAGIC[:14]):
+            if not self.sealed.startswith(self.KIND):
                 raise ValueError("this is no session of generate_prefill.py: name another file")
             content = self.path.read_bytes()[len(self.sealed) :]
             if self.sealed.startswith(self.MAGIC) and self.sealed != self.seal(content):
                 raise ValueError("this session is damaged: name another file")
             said = json.loads(content) if self.sealed.startswith(self.MAGIC) else {}
-            if said.keys() != {"settings", *self.SAID}:
+            if said.keys() != set(self.SAID):
                 raise ValueError("another version wrote this session: name another file")
             return said
 
@@ -218,8 +217,7 @@ class SavedConversation(Conversation):
         try:
             if self.path.exists() and self.head() != self.sealed:
                 raise ValueError(f"{self.path} was changed by another program: name another file")
-            said = {name: getattr(self, name) for name in self.SAID}
-            content = json.dumps({"settings": self.settings(), **said}).encode()
+            content = json.dumps({name: getattr(self, name) for name in self.SAID}).encode()
             terminal.delete_abandoned(self.path.parent, f".{glob.escape(self.path.name)}.[0-9]*.tmp")
             with terminal.replacing(self.path, mode=0o600) as temporary:
                 temporary.write_bytes(self.seal(content) + content)

@@ -44,11 +44,11 @@ class Lookup:
                 return length, place
         return 0, 0
 
-    def guess(self, ids: list[int], count: int) -> list[int]:
-        """So many of the tokens that followed there, again and again if they are fewer; none where nothing is found."""
-        _, place = self.find(ids)
-        follows = ids[place : place + count] if place else []
-        return [follows[i % len(follows)] for i in range(count)] if follows else []
+
+def follow(ids: list[int], place: int, count: int) -> list[int]:
+    """So many of the tokens from that place on, again and again if they are fewer."""
+    follows = ids[place : place + count]
+    return [follows[i % len(follows)] for i in range(count)]
 
 
 class Mean:
@@ -160,7 +160,7 @@ class Speculation:
 
     def advance(self, engine, ids: list[int], room: int, sampling: Sampling) -> list[int]:
         """The tokens that follow `ids`, in one pass of an Engine: one, and those of up to `room` guesses that stand."""
-        length = self.lookup.find(ids)[0] if self.lookup else 0
+        length, place = self.lookup.find(ids) if self.lookup else (0, 0)
         sources = [DRAFT] if self.draft and self.silent is not ids else []
         if length > 0:
             sources.append(length)
@@ -174,7 +174,7 @@ class Speculation:
         start = time.perf_counter()
         guesses = []
         if source > DRAFT:
-            guesses = self.lookup.guess(ids, count)
+            guesses = follow(ids, place, count)
         elif source == DRAFT:
             guesses = self.draft(ids, count, sampling)
             self.silent = [] if guesses else ids

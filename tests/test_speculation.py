@@ -14,7 +14,7 @@ from conftest import TOKENIZER, generated, make_sampling, new_engine, random_mod
 from checkpoint import load_model, read_checkpoint
 from generate import Engine
 from model import Transformer
-from speculation import DRAFT, PLAIN, Lookup, Speculation
+from speculation import DRAFT, PLAIN, Lookup, Speculation, follow
 
 PROMPT = [*TOKENIZER.start, *TOKENIZER.encode("def read_file(path):\n    with open(path) as file:\n        return")]
 WEIGHTS = ("float32", "bfloat16", "int8", "int4")
@@ -233,12 +233,13 @@ def test_nothing_is_compiled_while_decoding(models: dict[str, Transformer]) -> N
     ],
 )
 def test_prompt_lookup_continues_the_longest_recent_repetition(ids: list[int], count: int, guesses: list[int]) -> None:
-    assert Lookup().guess(ids, count) == guesses
+    found = [Lookup().find(ids)]
     grown, lookup = [], Lookup()
     for token in ids:  # as it is used: the text grows
         grown.append(token)
-        found = lookup.guess(grown, count)
-    assert found == guesses
+        last = lookup.find(grown)
+    for _, place in (*found, last):
+        assert (follow(ids, place, count) if place else []) == guesses
 
 
 def test_finding_a_place_takes_no_longer_in_a_long_text() -> None:
