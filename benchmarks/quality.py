@@ -2,10 +2,11 @@
 
     python -m benchmarks.quality --checkpoint_path checkpoints/demo/target/model.pth --text FILE [--modes int8 int4.g32]
 
-int4 is there with and without the importance of channels. Beside them stand llama.cpp's own formats, where it is
-installed (pip install llama-cpp-python gguf): it quantizes the same weights, and what `gguf` restores of the linear
-layers runs in our model. Each is quantized into a temporary folder (TMPDIR) and deleted again. Models run in float32,
-in windows of 512 tokens that begin with BOS where texts do; the original and one other are in memory at a time.
+Each is there with the text that shows what its layers multiply, and without. Beside them stand llama.cpp's own
+formats, where it is installed (pip install llama-cpp-python gguf): it quantizes the same weights, and what `gguf`
+restores of the linear layers runs in our model. Each is quantized into a temporary folder (TMPDIR) and deleted again.
+Models run in float32, in windows of 512 tokens that begin with BOS where texts do; the original and one other are in
+memory at a time.
 """
 
 import argparse
@@ -153,10 +154,7 @@ def main() -> None:
     same = compare(original, original, text, args.device)
     print(row("original", same, bits_per_weight(original), original.path.stat().st_size, 0.0), flush=True)
     for mode in possible(original.args, args.modes):
-        variants = {mode: calibration}
-        if mode != "int8":
-            variants[f"{mode}, all alike"] = None
-        for name, shown in variants.items():
+        for name, shown in ((mode, calibration), (f"{mode}, no text", None)):
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / f"{mode}.pth"
                 start = time.perf_counter()

@@ -616,16 +616,18 @@ def test_quantizing_on_a_card_gives_what_a_cpu_gives(demo, tmp_path: Path) -> No
 
 @needs_cuda
 @pytest.mark.cuda
-def test_calibrating_on_a_card_gives_what_a_cpu_gives(demo, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme, most", [({"mode": "int8"}, 0.01), ({"mode": "int4", "groupsize": 32}, 0.05)])
+def test_calibrating_on_a_card_gives_what_a_cpu_gives(scheme: dict, most: float, demo, tmp_path: Path) -> None:
+    """But for weights near a border, and what is made good after them: half as many differ by float32 instead."""
     restored = {}
     for device in ("cpu", "cuda"):
         path = tmp_path / f"{device}.pth"
-        quantize(read_checkpoint(demo["target"]), {"mode": "int4", "groupsize": 32}, device, path, "def f(x):\n" * 200)
+        quantize(read_checkpoint(demo["target"]), scheme, device, path, "def f(x):\n" * 200)
         model = load_model(read_checkpoint(path), "cpu", torch.float32)
         layers = [module for module in model.modules() if isinstance(module, kernels.Linear)]
         restored[device] = [kernels.dequantize(x.weight, x.scale, x.minimum, torch.float32) for x in layers]
     for found, expected in zip(restored["cuda"], restored["cpu"], strict=True):
-        assert (found - expected).abs().mean() < 0.01 * expected.abs().mean()
+        assert (found - expected).abs().mean() < most * expected.abs().mean()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

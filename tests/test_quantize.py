@@ -22,8 +22,9 @@ import kernels
 from benchmarks.quality import MODES, bits_per_weight, compare, possible
 from checkpoint import GROUPSIZES, load_model, read_checkpoint, write_checkpoint
 from model import ModelArgs
-from quantize import TEXT, measure_importance, quantize, quantize_int4, quantize_int8
+from quantize import TEXT, Inputs, inputs_of, measure_inputs, quantize, quantize_int4, quantize_int8
 
+slow = pytest.mark.slow
 PROMPT = [*TOKENIZER.start, *TOKENIZER.encode("The return value is")]
 ROWS = (1, 2, 7, 8, 9, 16, 17, 64)
 
@@ -36,6 +37,16 @@ def student_t(*shape: int) -> torch.Tensor:
     """Student's t with 5 degrees of freedom: heavy tails, as trained weights have them."""
     chi = sum(torch.randn(*shape, generator=torch.Generator().manual_seed(i)) ** 2 for i in range(1, 6))
     return normal(*shape) / (chi / 5).sqrt()
+
+
+def unrelated(importance: torch.Tensor) -> Inputs:
+    """Input channels that matter so much and have nothing in common."""
+    count = len(importance)
+    return Inputs(torch.ones(count), importance, torch.arange(count), torch.eye(count))
+
+
+def restore(parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    return kernels.dequantize(parts["weight"], parts["scale"], parts.get("minimum"), torch.float32)
 
 
 def group_errors(weight: torch.Tensor, groupsize: int) -> torch.Tensor:
@@ -215,8 +226,7 @@ def test_the_table_of_qualities(demo: dict[str, Path], held_out: str, tmp_path: 
     done = run_cli("-m", "benchmarks.quality", *flags, TMPDIR=str(scratch))
     titles, *rows = [line.split() for line in done.stdout.splitlines()]
     assert titles == ["perplexity", "mean", "KL", "same", "top", "bytes", "bits/weight", "seconds"]
-    assert [row[0].strip(",") for row in rows] == ["original", "int4.g64", "int4.g64", "int8"]
-    rows[2][1:3] = []  # "all alike"
+    assert [row[0].strip(",") for row in rows] == ["original", "int4.g64", "int4.g64", "int8", "int8"]
     assert rows[0][2:] == ["0.00000", "100.00%", f"{demo['draft'].stat().st_size:,}", "16.000", "0.00"]
     assert float(rows[1][2]) > float(rows[3][2]) > 0
     assert list(scratch.iterdir()) == []
@@ -228,12 +238,11 @@ def test_an_error_weighs_as_much_as_its_channel(groupsize: int) -> None:
     """The weighted error is no larger than that of the plain fit, and much smaller where few channels matter."""
     weight, channels = normal(64, 512), torch.rand(512, generator=torch.Generator().manual_seed(1)) ** 8
 
-    def error(importance: torch.Tensor | None) -> float:
-        parts = quantize_int4(weight, groupsize, importance).values()
-        return ((kernels.dequantize(*parts, torch.float32) - weight).square() * channels).sum().item()
+    def error(inputs: Inputs | None) -> float:
+        return ((restore(quantize_int4(weight, groupsize, inputs)) - weight).square() * channels).sum().item()
 
-    assert error(channels) < 0.85 * error(None)
-    assert error(torch.full((512,), 7e-9)) == pytest.approx(error(None), rel=1e-3)
+    assert error(unrelated(channels)) < 0.85 * error(None)
+    assert error(unrelated(torch.full((512,), 7e-9))) == pytest.approx(error(None), rel=1e-3)
 
 
 def test_channels_that_are_never_active_have_levels_all_the_same() -> None:
@@ -241,51 +250,131 @@ def test_channels_that_are_never_active_have_levels_all_the_same() -> None:
     weight = normal(16, 128)
     plain = quantize_int4(weight, 32)
     for importance in (torch.zeros(128), torch.cat([torch.zeros(64), torch.ones(64)])):
-        parts = quantize_int4(weight, 32, importance)
+        parts = quantize_int4(weight, 32, inputs_of(importance.diag(), None))
         for name, value in plain.items():
             assert parts[name].isfinite().all()
             assert (parts[name].float() - value.float()).abs().max() <= (1 if name == "weight" else 1e-2)
+        found = restore(quantize_int8(weight, inputs_of(importance.diag(), None)))
+        assert torch.equal(found, restore(quantize_int8(weight)))
     importance = torch.ones(128)
     importance[::2] = 0
-    restored = kernels.dequantize(*quantize_int4(weight, 32, importance).values(), torch.float32)
-    errors = (restored - weight).square().mean(dim=0)
+    errors = (restore(quantize_int4(weight, 32, inputs_of(importance.diag(), None))) - weight).square().mean(dim=0)
     assert errors[1::2].mean() < errors[::2].mean() < 0.2
 
 
-def test_importance_is_the_mean_square_of_what_a_layer_is_given(demo: dict[str, Path], readme: str) -> None:
+def related(count: int, tokens: int = 4096) -> torch.Tensor:
+    """Inputs [tokens, count] of different sizes that have much in common, a few of them large, one never active."""
+    x = normal(tokens, count // 4) @ torch.randn(count // 4, count, generator=torch.Generator().manual_seed(2))
+    x = (x + normal(tokens, count)) * torch.linspace(-3, 3, count).exp()
+    x[:, 5] = 0
+    return x
+
+
+def moments_of(x: torch.Tensor) -> torch.Tensor:
+    return x.T @ x / len(x)
+
+
+def test_errors_are_made_good_as_the_inverse_of_the_moments_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As GPTQ's paper has it: after each column what is left of the weights moves along its row of the inverse."""
+    weight, moments = normal(24, 96), moments_of(related(96))
+    inputs = inputs_of(moments.clone(), None)
+    monkeypatch.setattr("quantize.COLUMNS", 40)
+    parts = quantize_int8(weight, inputs)
+    damped = moments.double() * 0.7
+    damped.diagonal().copy_(inputs.importance)
+    left, scale, levels = weight.double(), parts["scale"].double(), torch.zeros(24, 96, dtype=torch.float64)
+    order = inputs.order.flip(0).tolist()
+    for step, k in enumerate(order):
+        rest = order[step:]
+        inverse = torch.linalg.inv(damped[rest][:, rest])[0]
+        levels[:, k] = (left[:, k] / scale).round().clamp(-127, 127)
+        error = left[:, k] - levels[:, k] * scale
+        left[:, rest] -= error[:, None] * inverse / inverse[0]
+    assert (levels != parts["weight"]).double().mean() < 0.002  # but for ties, which float32 rounds otherwise
+    assert (levels != restore(quantize_int8(weight)).div(scale[:, None]).round()).double().mean() > 0.2
+
+
+@pytest.mark.parametrize("bits, most", [(8, 0.35), (4, 0.5)])
+def test_products_of_inputs_that_have_much_in_common_lose_less(bits: int, most: float) -> None:
+    """On other inputs of the same kind, beside the nearest levels."""
+    x = related(128, 8192)
+    inputs = inputs_of(moments_of(x[:4096]), None)
+    weight, x = normal(64, 128), x[4096:]
+
+    def error(seen: Inputs | None) -> float:
+        parts = quantize_int8(weight, seen) if bits == 8 else quantize_int4(weight, 32, seen)
+        return (x @ (restore(parts) - weight).T).square().mean().item()
+
+    assert 0 < error(inputs) < most * error(unrelated(inputs.importance))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scaling_moves_no_rounding_into_the_function(dtype: torch.dtype) -> None:
+    """What the norm is divided by, as it is stored, the weight is multiplied by; large channels become smaller."""
+    norm, x = (1 + 0.1 * normal(96)).to(dtype), related(96)
+    norm[7] = 0
+    x[:, 7] = 0
+    inputs = inputs_of(moments_of(x), norm)
+    smaller = (norm / inputs.gain).to(dtype)
+    assert torch.allclose(smaller * inputs.gain, norm.float(), rtol=1e-6)
+    assert inputs.gain[95] > 1 > inputs.gain[0] and inputs.gain[7] == 1
+    assert torch.allclose(inputs.importance[10:], moments_of(x / inputs.gain).diagonal()[10:], rtol=1e-3, atol=0.02)
+    assert torch.equal(inputs_of(moments_of(x), None).gain, torch.ones(96))
+
+
+def test_inputs_are_what_a_layer_is_given(demo: dict[str, Path], readme: str) -> None:
     """As hooks on a whole pass find it; of at most as many tokens as the model has positions."""
     checkpoint = read_checkpoint(demo["target"])
-    found = measure_importance(checkpoint, readme, "cpu")
+    found = dict(measure_inputs(checkpoint, readme, "cpu"))
     model, expected = load_model(checkpoint, "cpu", torch.float32), {}
     for name, layer in model.named_modules():
         if isinstance(layer, kernels.Linear):
-            note = lambda module, inputs, name=name: expected.update({name: inputs[0].square().mean((0, 1))})  # noqa: E731
+            note = lambda module, inputs, name=name: expected.update({name: moments_of(inputs[0][0])})  # noqa: E731
             layer.register_forward_pre_hook(note)
-    ids = [*TOKENIZER.start, *TOKENIZER.encode(readme)][:512]
+    ids = [*TOKENIZER.start, *TOKENIZER.encode(readme)][:1024]
+    assert len(ids) == model.args.max_seq_length
     with torch.inference_mode():
-        model(torch.tensor([ids]), torch.arange(512), model.make_cache(512))
-    del expected["output"]
-    assert found.keys() == expected.keys()
-    for name, importance in found.items():
-        assert (importance - expected[name]).norm() < 0.03 * expected[name].norm(), name
+        model(torch.tensor([ids]), torch.arange(len(ids)), model.make_cache(len(ids)))
+    stored = read_checkpoint(demo["int8"]).model
+    assert [f"{name}.scale" for name in found] == [name for name in stored if name.endswith("scale")]
+    for name, inputs in found.items():
+        importance = inputs.importance * inputs.gain.square()
+        assert (importance - expected[name].diagonal()).norm() < 0.03 * expected[name].diagonal().norm(), name
+        assert ("wqkv" in name or "w13" in name) == (inputs.gain != 1).any()
+        factor = inputs.feedback.double()
+        damped = (expected[name] / inputs.gain / inputs.gain[:, None])[inputs.order][:, inputs.order].double() * 0.7
+        damped.diagonal().copy_(inputs.importance[inputs.order])
+        unmixed = torch.linalg.solve_triangular(factor, damped, upper=False)
+        unmixed = torch.linalg.solve_triangular(factor, unmixed.T, upper=False)
+        assert (unmixed - unmixed.diagonal().diag()).norm() < 0.1 * unmixed.norm(), name
     short = replace(checkpoint, args=replace(checkpoint.args, max_seq_length=3))
-    few = measure_importance(short, readme, "cpu")["layers.0.attention.wqkv"]
+    few = dict(measure_inputs(short, readme, "cpu"))["layers.0.attention.wqkv"]
     beginning = TOKENIZER.pieces.decode(ids[1:3])
-    assert torch.equal(few, measure_importance(checkpoint, beginning, "cpu")["layers.0.attention.wqkv"])
+    same = dict(measure_inputs(checkpoint, beginning, "cpu"))["layers.0.attention.wqkv"]
+    assert torch.equal(few.feedback, same.feedback)
 
 
-def test_importance_does_not_depend_on_the_number_of_threads(demo: dict[str, Path], readme: str) -> None:
-    checkpoint, found = read_checkpoint(demo["target"]), []
+def test_levels_do_not_depend_on_the_number_of_threads(demo: dict[str, Path], readme: str, tmp_path: Path) -> None:
+    """Beyond rounding, which errors that are fed back may carry on: they differ by one, and in few places."""
+    checkpoint, found = read_checkpoint(demo["draft"]), []
     threads = torch.get_num_threads()
     for count in (1, 2):
         torch.set_num_threads(count)
-        found.append(measure_importance(checkpoint, readme[:300], "cpu"))
+        quantize(checkpoint, MODES["int8"], "cpu", tmp_path / "model.pth", readme[:2000])
+        found.append(read_checkpoint(tmp_path / "model.pth").model)
     torch.set_num_threads(threads)
-    assert all((found[1][name] - each).norm() < 0.02 * each.norm() for name, each in found[0].items())
+    for name, tensor in found[0].items():
+        difference = (tensor.float() - found[1][name].float()).abs()
+        if tensor.dtype == torch.int8:
+            assert difference.max() <= 2 and difference.mean() < 0.02, name
+        else:
+            assert (difference <= 0.01 * tensor.float().abs() + 1e-6).all(), name
 
 
-@pytest.mark.parametrize("mode", ["int4.g32", "int4.g64", "int4.g128", "int4.g256"])
-def test_on_the_demo_importance_does_no_harm(
+@pytest.mark.parametrize(
+    "mode", ["int8", "int4.g32", *(pytest.param(f"int4.g{n}", marks=slow) for n in (64, 128, 256))]
+)
+def test_on_the_demo_a_text_does_no_harm(
     mode: str, demo: dict[str, Path], quantized: dict[str, Path], held_out: str, tmp_path: Path
 ) -> None:
     """So small a model has no channels that stand out: at most 2 % of divergence more."""
@@ -297,7 +386,10 @@ def test_on_the_demo_importance_does_no_harm(
 
 
 def test_any_text_will_do_and_no_text_is_told(demo: dict[str, Path], tmp_path: Path) -> None:
-    """One token, more than the context; numbers that are not finite are one line, with nothing written."""
+    """One token, more than the context; numbers that are not finite are one line, with nothing written.
+
+    A norm of 3e38 is finite, and what it multiplies is not.
+    """
     path = tmp_path / "model.pth"
     shutil.copyfile(demo["draft"], path)
     checkpoint = read_checkpoint(path)
@@ -306,10 +398,10 @@ def test_any_text_will_do_and_no_text_is_told(demo: dict[str, Path], tmp_path: P
         assert all(tensor.isfinite().all() for tensor in read_checkpoint(tmp_path / "out.pth").model.values())
     (tmp_path / "out.pth").unlink()
     content = torch.load(path, weights_only=True)
-    for value in (torch.nan, torch.inf, 3e38):
+    for value, trouble in ((torch.nan, ": layers.0.attention_norm.weight holds"), (3e38, " computes")):
         content["model"]["layers.0.attention_norm.weight"].fill_(value)
         torch.save(content, path)
-        with pytest.raises(ValueError, match="model.pth computes NaN or infinity: get it again"):
+        with pytest.raises(ValueError, match=f"model.pth{trouble} NaN or infinity: get "):
             quantize(read_checkpoint(path), MODES["int4.g32"], "cpu", tmp_path / "out.pth", "some text")
     assert list(tmp_path.iterdir()) == [path]
 
@@ -357,7 +449,7 @@ def test_the_table_of_qualities_has_what_divides() -> None:
         possible(NARROW, ["int8", "int4.g64"])
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize("mode", ["int8", "int4.g32"])
 def test_compiled_equals_eager_and_text_streams(quantized: dict[str, Path], mode: str) -> None:
     """As in float: the same tokens, greedy and sampled; the stream is the text."""
@@ -393,13 +485,17 @@ def test_the_command_line_names_its_file_and_generate_takes_it(
 
 
 def test_what_need_not_change_does_not(demo: dict[str, Path], quantized: dict[str, Path]) -> None:
-    """Embeddings and norms are the original's; the output layer is int8 in int4 files too; loading copies nothing."""
+    """Embeddings and the last norm are the original's, and where no text was shown all norms are.
+
+    The output layer is int8 in int4 files too; loading copies nothing.
+    """
     original = read_checkpoint(demo["target"]).model
-    for path in quantized.values():
+    for path in (*quantized.values(), demo["int8"], demo["int4"]):
         checkpoint = read_checkpoint(path)
+        shown = path in quantized.values()
         for name, tensor in checkpoint.model.items():
             if "norm" in name or "embeddings" in name:
-                assert torch.equal(tensor, original[name])
+                assert torch.equal(tensor, original[name]) != (shown and "_norm" in name), name
         assert checkpoint.model["output.weight"].dtype == torch.int8
         loaded = load_model(checkpoint, "cpu", torch.bfloat16).state_dict()
         assert all(loaded[name].data_ptr() == tensor.data_ptr() for name, tensor in checkpoint.model.items())
@@ -411,10 +507,11 @@ from pathlib import Path
 def anonymous():
     return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) / 1024
 from checkpoint import read_checkpoint
-from quantize import quantize
+import quantize
 from scripts.convert_hf_checkpoint import convert
 import torch
 torch.zeros(1)
+quantize.ROUNDS, quantize.PARTS = 0, (1.0,)  # which cost time and no memory
 before, peak, folder = anonymous(), [0], Path(sys.argv[1])
 def watch():
     while True:
@@ -423,7 +520,7 @@ def watch():
 threading.Thread(target=watch, daemon=True).start()
 checkpoint = read_checkpoint(convert(folder, "bfloat16"))
 for scheme in ({"mode": "int8"}, {"mode": "int4", "groupsize": 32}):
-    quantize(checkpoint, scheme, "cpu", folder / "out.pth", "text " * 600)
+    quantize.quantize(checkpoint, scheme, "cpu", folder / "out.pth", "text " * 2000)
 print(peak[0] - before)
 """
 
@@ -443,9 +540,12 @@ def write_random_safetensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> 
     return offset
 
 
-@pytest.mark.slow
+@slow
 def test_converting_and_quantizing_take_the_memory_of_slabs(tmp_path: Path) -> None:
-    """A random checkpoint of 1 GB: RssAnon stays under 400 MB above the start."""
+    """A random checkpoint of 1 GB: RssAnon stays under 600 MB above the start.
+
+    Of these 130 MB each are the moments of 5,632 channels, their order's copy and its factor.
+    """
     config = {"model_type": "llama", "hidden_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 16}
     config |= {"intermediate_size": 5632, "vocab_size": 32000, "rms_norm_eps": 1e-5, "max_position_embeddings": 1024}
     shapes = {"model.embed_tokens": (32000, 2048), "lm_head": (32000, 2048), "model.norm": (2048,)}
@@ -457,14 +557,14 @@ def test_converting_and_quantizing_take_the_memory_of_slabs(tmp_path: Path) -> N
     (tmp_path / "config.json").write_text(json.dumps(config))
     shutil.copyfile(DEMO / "target" / "tokenizer.model", tmp_path / "tokenizer.model")
     assert write_random_safetensors(tmp_path / "model.safetensors", shapes) > 1e9
-    assert float(run_cli("-c", MEASURE, tmp_path).stdout) < 400
+    assert float(run_cli("-c", MEASURE, tmp_path).stdout) < 600
 
 
 def quantize_until_killed(path: Path, number: signal.Signals) -> subprocess.Popen:
     """Ended: quantize.py on `path`, which sends itself a signal in the middle of writing."""
     code = (
         "import os, quantize, terminal\n"
-        f"quantize.quantize_int8 = lambda weight: os.kill(os.getpid(), {int(number)})\n"
+        f"quantize.quantize_int8 = lambda *_: os.kill(os.getpid(), {int(number)})\n"
         "terminal.run(quantize.main)"
     )
     command = [sys.executable, "-c", code, "--checkpoint_path", str(path), "--device", "cpu"]

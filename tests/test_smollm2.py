@@ -156,16 +156,16 @@ def test_rescaled_it_is_the_same_function(rescaled: Checkpoint, checkpoint: Chec
 
 
 @pytest.mark.parametrize("groupsize, peer", [(32, "Q4_1"), (64, "Q4_0")])
-def test_importance_keeps_most_of_what_is_lost_without_it(
+def test_what_a_text_shows_keeps_most_of_what_is_lost_without_it(
     rescaled: Checkpoint, unlike: str, groupsize: int, peer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At most 0.45 of the divergence of plain least squares from the whole range; and less than llama.cpp's format."""
+    """At most 0.35 of the divergence of plain least squares from the whole range; and less than llama.cpp's format."""
     scheme, found = {"mode": "int4", "groupsize": groupsize}, []
     for parts, text in ((quantize_module.PARTS, quantize_module.TEXT.read_text()), ((1.0,), None)):
         monkeypatch.setattr(quantize_module, "PARTS", parts)
         quantize(rescaled, scheme, "cpu", tmp_path / "model.pth", text)
         found.append(compare(rescaled, read_checkpoint(tmp_path / "model.pth"), unlike, "cpu"))
-    assert found[0].divergence <= 0.45 * found[1].divergence
+    assert found[0].divergence <= 0.35 * found[1].divergence
     model = load_model(rescaled, "cpu", torch.float32)
     for layer in linear_layers(model).values():
         kind = gguf.GGMLQuantizationType[peer]
@@ -174,8 +174,8 @@ def test_importance_keeps_most_of_what_is_lost_without_it(
 
 
 def test_int8_loses_little(rescaled: Checkpoint, unlike: str, tmp_path: Path) -> None:
-    """Of a mean divergence of 0.002, which was wanted, it is three times as far: one scale a row is what it has."""
-    quantize(rescaled, {"mode": "int8"}, "cpu", tmp_path / "model.pth")
+    """As little as llama.cpp's Q8_0, which has a scale for every 32 channels; without a text three times as much."""
+    quantize(rescaled, {"mode": "int8"}, "cpu", tmp_path / "model.pth", quantize_module.TEXT.read_text())
     found = compare(rescaled, read_checkpoint(tmp_path / "model.pth"), unlike, "cpu")
-    assert found.divergence < 0.007
+    assert found.divergence < 0.002
     assert found.perplexity < 1.01 * found.original
