@@ -37,12 +37,11 @@ SLAB = {"cpu": 2**21, "cuda": 2**26}  # weights that are rounded at a time: colu
 FITTED = {"cpu": 2**20, "cuda": 2**26}  # weights that are fitted at a time: they stay in the caches, or keep a GPU busy
 ROUNDS = 5  # of least squares
 PARTS = (1.0, 0.9, 0.8, 0.7)  # of a group's range, from which they begin
-CALIBRATION = 2048  # tokens: with half of them the divergence is 5 to 10 % larger, with twice as many the same
+CALIBRATION = 2048  # tokens: with half of them the divergence is some 5 % larger, with twice as many the same
 CHUNK = 128  # of them at a time, which bounds the memory
 TEXT = Path(__file__).with_name("README.md")
 NORMS = {"attention.wqkv": "attention_norm", "feed_forward.w13": "ffn_norm"}  # before the layers of a block
 SPREAD = 0.25  # the power of its inputs' size by which a channel is scaled: 0 not at all, 1 until they are all alike
-SHRINKAGE = 0.3  # of what channels have in common: so few tokens overstate it
 COLUMNS = 128  # rounded one by one, between products of matrices
 TINY = torch.finfo(torch.float32).tiny  # in place of a scale of zero: any level will do
 
@@ -57,12 +56,15 @@ class Inputs:
     feedback: Tensor  # [in, in], unit lower triangular, in that order: how errors are made good, see `round_levels`
 
 
-def inputs_of(moments: Tensor, norm: Tensor | None) -> Inputs:
-    """From the mean products [in, in] of two channels, and the weight [in] of the norm before the layer, if it has one.
+def inputs_of(moments: Tensor, count: int, norm: Tensor | None) -> Inputs:
+    """From the products [in, in] of two channels, summed over `count` tokens, whose memory is used.
 
-    Large channels are made smaller and their columns larger, https://arxiv.org/abs/2306.00978, exactly: the gain is
-    what the rounding of the norm's new weight makes of it. The memory of `moments` is used.
+    `norm` is the weight [in] of the norm before the layer, if it has one. Large channels are made smaller and their
+    columns larger, https://arxiv.org/abs/2306.00978, exactly: the gain is what the rounding of the norm's new weight
+    makes of it. So few tokens overstate what channels have in common: it counts as if in as many tokens more as there
+    are channels they had nothing.
     """
+    moments.div_(count)
     importance = moments.diagonal() + moments.diagonal().mean() * 1e-6 + TINY  # also of a channel that is never active
     gain = torch.ones_like(importance)
     if norm is not None:
@@ -71,7 +73,7 @@ def inputs_of(moments: Tensor, norm: Tensor | None) -> Inputs:
         gain = torch.where(smaller == 0, gain, norm.float() / smaller)
     importance = importance / gain.square()
     order = importance.argsort()
-    moments.div_(gain).div_(gain[:, None]).mul_(1 - SHRINKAGE)
+    moments.div_(gain).div_(gain[:, None]).mul_(count / (count + len(moments)))
     moments.diagonal().copy_(importance)
     moments = moments[order[:, None], order]
     feedback = torch.linalg.cholesky(moments)
@@ -202,7 +204,7 @@ def measure_inputs(checkpoint: Checkpoint, text: str, device: str) -> Iterator[t
             if not found[name].diagonal().isfinite().all():
                 raise ValueError(f"{checkpoint.path} computes NaN or infinity: get it again, or convert in float32")
             norm = norm_before(name)
-            yield name, inputs_of(found.pop(name).div_(len(ids)), model.get_submodule(norm).weight if norm else None)
+            yield name, inputs_of(found.pop(name), len(ids), model.get_submodule(norm).weight if norm else None)
 
     x = model.tok_embeddings(torch.tensor([ids])).to(device)
     input_pos = torch.arange(len(ids), device=device)
