@@ -389,15 +389,15 @@ def test_levels_do_not_depend_on_the_number_of_threads(demo: dict[str, Path], re
 @pytest.mark.parametrize(
     "mode", ["int8", "int4.g32", *(pytest.param(f"int4.g{n}", marks=slow) for n in (64, 128, 256))]
 )
-def test_on_the_demo_a_text_does_no_harm(
+def test_on_the_demo_a_text_keeps_a_quarter_of_what_is_lost(
     mode: str, demo: dict[str, Path], quantized: dict[str, Path], held_out: str, tmp_path: Path
 ) -> None:
-    """So small a model has no channels that stand out: at most 2 % of divergence more."""
+    """So small a model has no channels that stand out, but those that have much in common; measured are 30 to 39 %."""
     original = read_checkpoint(demo["target"])
     quantize(original, MODES[mode], "cpu", tmp_path / "plain.pth")
     weighed = compare(original, read_checkpoint(quantized[mode]), held_out, "cpu")
     plain = compare(original, read_checkpoint(tmp_path / "plain.pth"), held_out, "cpu")
-    assert 0 < weighed.divergence < 1.02 * plain.divergence
+    assert 0 < weighed.divergence < 0.75 * plain.divergence
 
 
 def test_any_text_will_do_and_no_text_is_told(demo: dict[str, Path], tmp_path: Path) -> None:
