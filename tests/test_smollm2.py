@@ -124,10 +124,13 @@ def test_prefixes_keep_the_text(checkpoint: Checkpoint, model: Transformer, tmp_
         engine.keep(prompt + expected)
 
 
-@pytest.mark.parametrize("scheme", [{"mode": "int8"}, {"mode": "int4", "groupsize": 32}])
+@pytest.mark.parametrize(
+    "scheme", [{"mode": "int8"}, {"mode": "int4", "groupsize": 32}, {"mode": "int4", "groupsize": 64}]
+)
 def test_quantized_it_answers_sensibly(checkpoint: Checkpoint, scheme: dict, tmp_path: Path) -> None:
-    """In float32, so that no near-tie decides: Paris is the capital of France."""
-    quantize(checkpoint, scheme, "cpu", tmp_path / "quantized.pth", (ROOT / "LICENSE").read_text())
+    """In float32, so that no near-tie decides: Paris is the capital of France. The text stays, and is long enough."""
+    text = "\n".join(topics.values())[:10_000]
+    quantize(checkpoint, scheme, "cpu", tmp_path / "quantized.pth", text)
     small = load_model(read_checkpoint(tmp_path / "quantized.pth"), "cpu", torch.float32)
     prompt = conversation(checkpoint).prompt(QUESTIONS[0])
     answer = generated(new_engine(small), prompt, COUNT, make_sampling(), checkpoint.tokenizer.ends)
