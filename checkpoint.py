@@ -1,43 +1,51 @@
-"""The checkpoint file: its fields, how it is written, read and loaded.
+"""The checkpoint file: its fields, reading, loading, writing.
 
-It is a torch.save file of: config (ModelArgs), quantization (None for 16 bits, {"mode": "int8"}, or {"mode": "int4",
-"groupsize": n}), tokenizer (the fields of a Tokenizer), id (of these very weights) and model (the tensors, as
-kernels.Linear stores them). In an older file tokenizer is the sentencepiece model alone, beside chat: whether it talks
-in Llama-2's template.
+A checkpoint is a torch.save file with the fields
+    config        the fields of ModelArgs
+    quantization  None (16 bits), {"mode": "int8"}, or {"mode": "int4", "groupsize": n}
+    tokenizer     the fields of Tokenizer
+    id            a random name of these weights
+    model         the tensors, as model.Linear stores them
 """
 
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from terminal import delete_abandoned, progress, reading, replacing
+
+from utils import atomic_write, delete_stale, progress, reading
 
 import torch
 from torch import Tensor
 from torch.serialization import set_default_mmap_options, skip_data
 
-from kernels import Linear
-from model import ModelArgs, Transformer
-from tokenizer import LLAMA_2, Tokenizer, of_sentencepiece
+from model import Linear, ModelArgs, Transformer
+from tokenizer import Tokenizer
 
 GROUPSIZES = (32, 64, 128, 256)
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+RENAMED = {  # fields of checkpoints that were written before 2026-11-29
+    "rope_low": "rope_low_freq_factor",
+    "rope_high": "rope_high_freq_factor",
+    "rope_positions": "rope_original_max_position_embeddings",
+}
 
 
 @dataclass
 class Checkpoint:
-    """A checkpoint file, read: the weights are mapped, so nothing of them is in memory yet."""
+    """A checkpoint file. Its tensors are memory-mapped: nothing is read before it is used."""
 
     path: Path
     args: ModelArgs
     header: dict  # all fields but the model
     tokenizer: Tokenizer
-    model: dict[str, Tensor]
+    state_dict: dict[str, Tensor]
 
 
-def storage(layer: str, quantization: dict | None) -> tuple[int, int]:
-    """Bits and group size (0: no groups) with which `layer` is stored. In int4 the output layer stays at 8 bits."""
+def bits_and_groupsize(layer: str, quantization: dict | None) -> tuple[int, int]:
+    """Bits per weight and group size (0: no groups) of a linear layer. In int4 the output layer has 8 bits."""
     if quantization is None:
         return 16, 0
     if quantization["mode"] == "int8" or layer == "output":
@@ -46,64 +54,63 @@ def storage(layer: str, quantization: dict | None) -> tuple[int, int]:
 
 
 def empty_model(args: ModelArgs, quantization: dict | None, dtype: torch.dtype) -> Transformer:
-    """A Transformer on the meta device: shapes and dtypes, no memory. ValueError where groups do not divide a layer."""
+    """A Transformer on the meta device: shapes and dtypes without memory. ValueError if groups do not divide a layer."""
     with torch.device("meta"):
         model = Transformer(args).to(dtype).eval().requires_grad_(False)
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
-        for name, layer in layers.items():
-            bits, groupsize = storage(name, quantization)
-            if bits == 4 and layer.n_in % groupsize != 0:
-                fits = [size for size in GROUPSIZES if all(each.n_in % size == 0 for each in layers.values())]
-                problem = f"group size {groupsize} does not divide the {layer.n_in} inputs of {name}"
-                raise ValueError(f"{problem}; those that divide all: {fits or 'none, use int8'}")
-            layer.lay_out(bits, groupsize)
+        for name, layer in model.named_modules():
+            if isinstance(layer, Linear):
+                bits, groupsize = bits_and_groupsize(name, quantization)
+                if bits == 4 and layer.n_in % groupsize != 0:
+                    problem = f"group size {groupsize} does not divide the {layer.n_in} inputs of {name}"
+                    raise ValueError(f"{problem}: choose a smaller one, or int8")
+                layer.set_storage(bits, groupsize)
     return model
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Map the checkpoint at `path`. ValueError where it is not one of ours, or damaged."""
+    """Map the checkpoint at `path`. ValueError if it is damaged or not one of ours."""
     with reading(path, "./scripts/prepare.sh REPO or quantize.py writes a checkpoint"):
-        with open(path, "rb") as file:  # ask the disk for the weights while Python does other things
+        with open(path, "rb") as file:  # the disk reads ahead while Python does other things
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
         header = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
-        model = header.pop("model")
-        args = ModelArgs(**header["config"])
+        state_dict = header.pop("model")
+        args = ModelArgs(**{RENAMED.get(name, name): value for name, value in header["config"].items()})
         expected = empty_model(args, header["quantization"], torch.bfloat16).state_dict()
-        kinds = [{n: (t.shape, t.is_floating_point()) for n, t in each.items()} for each in (model, expected)]
-        if kinds[0] != kinds[1] or "id" not in header:
+        if shapes(state_dict) != shapes(expected) or "id" not in header:
             raise ValueError("its tensors are not those of its own config: convert or quantize it again")
-        if isinstance(header["tokenizer"], dict):
-            tokenizer = Tokenizer(**header["tokenizer"])
-        else:
-            tokenizer = of_sentencepiece(header["tokenizer"], LLAMA_2 if header["chat"] else None)
-        return Checkpoint(path, args, header, tokenizer, model)
+        return Checkpoint(path, args, header, Tokenizer.from_fields(header["tokenizer"]), state_dict)
+
+
+def shapes(state_dict: dict[str, Tensor]) -> dict[str, tuple]:
+    """The shape of each tensor, and whether it is floating point."""
+    return {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in state_dict.items()}
 
 
 def load_model(checkpoint: Checkpoint, device: str, dtype: torch.dtype, shard: Callable | None = None) -> Transformer:
-    """The model of a checkpoint on `device`. Float weights become `dtype`; tensors that need no change stay mapped.
+    """The model of a checkpoint on `device`; its float tensors become `dtype`. What needs no change stays mapped.
 
-    `shard` (name, tensor) gives the part of a tensor that is loaded (all); `checkpoint.args` are those of the part.
+    With tensor parallelism, `shard` (name, tensor) returns this rank's part, and `checkpoint.args` describes the part.
     """
     model = empty_model(checkpoint.args, checkpoint.header["quantization"], dtype)
     expected = model.state_dict()
     weights = {}
-    for name, tensor in progress(checkpoint.model.items(), "loading"):
+    for name, tensor in progress(checkpoint.state_dict.items(), "loading"):
         part = shard(name, tensor) if shard else tensor
         weights[name] = part.to(device, expected[name].dtype)
     model.load_state_dict(weights, assign=True)
-    model.frequencies = model.frequencies.to(device)
     return model
 
 
-def write_checkpoint(path: Path, header: dict, tensors: dict[str, Tensor], fill: Callable[[dict], None]) -> None:
-    """Write a checkpoint to `path`, whole or not at all, in the memory that `fill` takes at a time.
+@contextmanager
+def new_checkpoint(path: Path, header: dict, tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Write a checkpoint to `path`, whole or not at all: yield its tensors, mapped to the file, for the block to fill.
 
-    `header` has all fields but id and model. `tensors` are untouched torch.empty ones (a tensor under two names is
-    stored once). The file is laid out with their shapes and its blocks are reserved, so that a full disk is an OSError
-    here and not a signal later; then it is mapped, and `fill` (tensors) writes into the mapped ones.
+    `header` has all fields but id and model. `tensors` are untouched torch.empty ones: their shapes are what counts, and
+    a tensor under two names is stored once. The disk space is reserved first, because a disk that fills up under a
+    mapped file kills the process: OSError.
     """
-    delete_abandoned(path.resolve().parent, ".*.pth.[0-9]*.tmp")
-    with replacing(path) as temporary:
+    delete_stale(path.resolve().parent, ".*.pth.[0-9]*.tmp")
+    with atomic_write(path) as temporary:
         try:
             with skip_data():
                 torch.save({**header, "id": os.urandom(16).hex(), "model": tensors}, temporary)
@@ -113,6 +120,6 @@ def write_checkpoint(path: Path, header: dict, tensors: dict[str, Tensor], fill:
             size = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
             raise OSError(f"{path} was not written: it takes {size:.2f} GB of disk ({str(error)[:99]})") from error
         with set_default_mmap_options(mmap.MAP_SHARED):
-            fill(torch.load(temporary, mmap=True, weights_only=True)["model"])
+            yield torch.load(temporary, mmap=True, weights_only=True)["model"]
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())

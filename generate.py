@@ -1,8 +1,8 @@
-"""Generate text from a checkpoint: prefill, sample, decode, stream; the loop and its command line.
+"""Generate text from a checkpoint: prefill, sample, decode, stream.
 
     python generate.py --compile --checkpoint_path checkpoints/$MODEL_REPO/model.pth --prompt "Hello, my name is"
 
-Token ids go in and come out of `generate`; text, flags and the terminal begin with `Session`.
+Engine and generate() work on token ids; Session and main() add text, flags and the terminal.
 """
 
 import argparse
@@ -10,361 +10,383 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Container
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Container, Iterator
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-if __name__ == "__main__" and getattr(sys.flags, "safe_path", False):
-    sys.exit("PYTHONSAFEPATH keeps Python from finding the modules beside this script: unset it")
-
-import terminal
+import utils
 
 import torch
 from torch import Tensor
 
 import tp
-from chat import Conversation, converse
-from checkpoint import DEVICES, Checkpoint, read_checkpoint, storage
-from kernels import Recorded, cpu
-from kernels.sampling import Sampling, sample
+from chat import Conversation, chat
+from checkpoint import DEVICES, Checkpoint, bits_and_groupsize, read_checkpoint
 from model import Transformer
-from speculation import PLAIN, Lookup, Speculation
-from tokenizer import text_decoder
+from sampling import SamplingParams, sample
+from speculation import PromptLookup, Speculation
+from tokenizer import TextStreamer
 
-# A prompt runs in chunks of so many rows: bounded memory, and Ctrl-C is heard in between.
-PREFILL_ROWS = {"cpu": 512, "cuda": 2048}
+# The folder decides and not an ImportError, which would hide a broken one; a package index has a package of that name.
+HAS_KERNELS = Path(__file__).with_name("kernels").is_dir()
+if HAS_KERNELS:
+    from kernels import CapturedStep
+
+MAX_DECODE_ROWS = 16  # tokens that a decoding step takes: one, and up to 15 guesses
+PREFILL_CHUNK = {"cpu": 512, "cuda": 2048}  # tokens of a prompt that run in one pass; bounds the memory
 
 
-def step(model: Transformer, inputs: Tensor, cache: Tensor, sampling: Sampling, last: bool) -> Tensor:
-    """One forward pass of `inputs` [2, S], tokens and positions: the samples [S] after each, or [1] of the `last`."""
-    logits = model(inputs[:1], inputs[1], cache, last)[0]
-    return sample(logits, inputs[1, -len(logits) :], sampling)
+def step(model: Transformer, inputs: Tensor, cache: Tensor, params: SamplingParams, last_only: bool) -> Tensor:
+    """One pass over `inputs` [2, S], ids and positions: the token [S] sampled after each, or [1] after the last."""
+    logits = model(inputs[:1], inputs[1], cache, last_only)[0]
+    return sample(logits, inputs[1, -len(logits) :], params)
 
 
-@dataclass
 class Engine:
-    """A model, the cache of one sequence, and the tokens whose keys and values are in it.
+    """A model, its KV cache, and the token ids whose keys and values are in the cache.
 
-    It alone decides which tokens need not run again: prompts and conversations are given whole, to a draft as well, and
-    only the tokens that the cache does not hold pass through the model.
+    Callers pass whole sequences; only the tokens that are not cached run.
     """
 
-    model: Transformer
-    cache: Tensor
-    ids: list[int] = field(default_factory=list)
-    checkpoint: Checkpoint | None = None  # where the model is from
-    few: Callable = field(default_factory=lambda: Recorded(step))  # the step for up to MAX_ROWS rows
-    many: Callable = step  # and for more
+    def __init__(
+        self, model: Transformer, max_seq_length: int, checkpoint: Checkpoint | None = None, prefix_cache=None
+    ):
+        self.model = model
+        self.max_seq_length = max_seq_length
+        self.kv_cache = model.make_cache(max_seq_length)
+        self.cached_ids: list[int] = []
+        self.num_cached = 0  # tokens of the last prompt that were cached
+        self.checkpoint = checkpoint
+        self.prefix_cache = prefix_cache  # generate_prefill.PrefixCache
+        self.decode_step: Callable = CapturedStep(step) if HAS_KERNELS else step  # for up to MAX_DECODE_ROWS tokens
+        self.prefill_step: Callable = step
 
-    def rewind(self, ids: list[int]) -> None:
-        """Keep the beginning in common with `ids`, without their last: its logits are wanted, so it has to run."""
-        if self.ids != ids[: len(self.ids)] or len(self.ids) == len(ids):
-            self.ids = os.path.commonprefix([self.ids, ids[:-1]])
+    def truncate(self, length: int) -> None:
+        """Drop the cached tokens from position `length` on."""
+        del self.cached_ids[length:]
+
+    def match_prefix(self, prompt: list[int]) -> None:
+        """Keep the cached tokens that `prompt` starts with. Its last token is never kept, because it has to run."""
+        if self.cached_ids != prompt[: len(self.cached_ids)] or len(self.cached_ids) == len(prompt):
+            self.truncate(len(os.path.commonprefix([self.cached_ids, prompt[:-1]])))
+        if self.prefix_cache:
+            self.prefix_cache.load(self, prompt[:-1])
+        self.num_cached = len(self.cached_ids)
 
     @torch.inference_mode()
-    def launch(self, inputs: Tensor, sampling: Sampling) -> Tensor:
-        """Run `inputs` [2, S], tokens and their positions: the samples of `run`, for which nobody has waited yet.
+    def start_pass(self, inputs: Tensor, params: SamplingParams) -> Tensor:
+        """Start a pass over `inputs` [2, S], ids and positions, without waiting for the device: the sampled ids.
 
-        They hold until the next pass.
+        Those of a short pass, [S], are overwritten by the next one; of a long pass only the last, [1], is sampled.
         """
-        if inputs.shape[1] <= cpu.MAX_ROWS:
-            return self.few(self.model, inputs, self.cache, sampling, False)
-        return self.many(self.model, inputs.to(self.cache.device), self.cache, sampling, True)
+        is_long = inputs.shape[1] > MAX_DECODE_ROWS
+        if is_long or not HAS_KERNELS:  # a captured step copies its inputs itself
+            inputs = inputs.to(self.kv_cache.device)
+        step = self.prefill_step if is_long else self.decode_step
+        return step(self.model, inputs, self.kv_cache, params, is_long)
 
     def read(self, samples: Tensor) -> list[int]:
-        """Wait for samples, which are the first rank's. ValueError where the model computed no finite numbers."""
-        ids = tp.share(samples).tolist()
-        if -1 in ids:
+        """Wait for sampled ids, which are rank 0's. ValueError if the logits were not finite."""
+        tokens = tp.broadcast(samples).tolist()
+        if -1 in tokens:
             raise ValueError("the model's logits are not finite: try --precision bfloat16, or another checkpoint")
-        return ids
+        return tokens
 
-    def run(self, ids: list[int], sampling: Sampling) -> list[int]:
-        """Run `ids` behind those in the cache: the tokens [S] sampled after each, or [1] after the last of many."""
-        positions = range(len(self.ids), len(self.ids) + len(ids))
-        samples = self.read(self.launch(torch.tensor([ids, positions]), sampling))
-        self.ids += ids
-        return samples
+    def forward(self, ids: list[int], params: SamplingParams) -> list[int]:
+        """Run `ids` after the cached tokens: the token [S] sampled after each, or [1] after the last of many."""
+        positions = range(len(self.cached_ids), len(self.cached_ids) + len(ids))
+        tokens = self.read(self.start_pass(torch.tensor([ids, positions]), params))
+        self.cached_ids += ids
+        return tokens
 
-    def extend(self, ids: list[int], sampling: Sampling) -> list[int]:
-        """Run the tokens of the sequence `ids` that have not run, in chunks; the token [1] sampled after the last."""
-        rows = PREFILL_ROWS[self.cache.device.type]
-        for start in range(len(self.ids), len(ids), rows):
-            samples = self.run(ids[start : start + rows], sampling)
-        return samples[-1:]
+    def prefill(self, prompt: list[int], params: SamplingParams) -> list[int]:
+        """Run the tokens of `prompt` that are not cached, in chunks: the token [1] that follows."""
+        chunk = PREFILL_CHUNK[self.kv_cache.device.type]
+        for start in range(len(self.cached_ids), len(prompt), chunk):
+            tokens = self.forward(prompt[start : start + chunk], params)
+        return tokens[-1:]
 
     @torch.inference_mode()
-    def guess(self, ids: list[int], count: int, sampling: Sampling) -> list[int]:
-        """Up to `count` tokens that follow `ids`, as far as the context goes: the work of a draft, with two waits."""
-        count = min(count, self.model.args.max_seq_length + 1 - len(ids))
-        if count < 1:
+    def draft(self, ids: list[int], k: int, params: SamplingParams) -> list[int]:
+        """Draft up to `k` tokens that follow `ids`; fewer near the end of the context.
+
+        Waits for the device twice, not once per token.
+        """
+        k = min(k, self.max_seq_length + 1 - len(ids))
+        if k < 1:
             return []
-        self.rewind(ids)
-        guesses = torch.tensor(self.extend(ids, sampling), device=self.cache.device)
-        for position in torch.arange(len(ids), len(ids) + count - 1, device=self.cache.device):
-            inputs = torch.stack([guesses[-1:].clamp(min=0), position[None]])  # -1 is no token; `read` tells it
-            guesses = torch.cat([guesses, self.launch(inputs, sampling)])
-        guesses = self.read(guesses)
-        self.ids = ids + guesses[:-1]
-        return guesses
+        self.match_prefix(ids)
+        samples = torch.tensor(self.prefill(ids, params), device=self.kv_cache.device)
+        for position in torch.arange(len(ids), len(ids) + k - 1, device=self.kv_cache.device):
+            inputs = torch.stack(
+                [samples[-1:].clamp(min=0), position[None]]
+            )  # -1 means non-finite logits; read() raises
+            samples = torch.cat([samples, self.start_pass(inputs, params)])
+        tokens = self.read(samples)
+        self.cached_ids = ids + tokens[:-1]
+        return tokens
 
-    def keep(self, ids: list[int]) -> None:
-        """Forget what is not in the sequence `ids`, all that was said, when an answer has ended."""
-        del self.ids[len(os.path.commonprefix([self.ids, ids])) :]
+    def save(self, ids: list[int]) -> None:
+        """Drop the cached tokens after the common prefix with `ids`, and save the others to the prefix cache."""
+        self.truncate(len(os.path.commonprefix([self.cached_ids, ids])))
+        if self.prefix_cache:
+            self.prefix_cache.save(self)
 
-    def compile(self, few: bool, many: bool, sampling: Sampling) -> None:
-        """Compile the steps of `few` rows, of `many`, or both."""
-        torch._dynamo.config.specialize_float = True  # or a second model's eps becomes a symbol, which does not compile
+    def compile(self, decode: bool, prefill: bool, params: SamplingParams) -> None:
+        """Compile the steps of decoding, of prefill, or both. The cache has to be empty."""
+        torch._dynamo.config.specialize_float = True  # otherwise a draft with another norm_eps does not compile
         # A whole graph would contradict TORCH_COMPILE_DISABLE.
         compiled = torch.compile(step, fullgraph=not torch._dynamo.config.disable)
 
-        def run_compiled(model: Transformer, inputs: Tensor, *others: object) -> Tensor:
-            """One row runs as two: code for it alone could round otherwise than the code that verifies guesses."""
+        def compiled_step(model: Transformer, inputs: Tensor, *others: object) -> Tensor:
+            """One row runs as two, because code for one row could round differently from code that verifies guesses."""
             rows = inputs.shape[1]
-            # Always a new tensor: to the compiler an inference tensor and another one are not the same.
+            # Always a new tensor, because to the compiler an inference tensor and another one are different.
             inputs = inputs.repeat(1, 2)[:, : max(rows, 2)].contiguous()
             torch._dynamo.mark_dynamic(inputs, 1)
             return compiled(model, inputs, *others)[:rows]
 
-        if few:
-            self.few = Recorded(run_compiled) if self.cache.is_cuda else run_compiled
-            self.launch(torch.zeros(2, 1, dtype=torch.int64), sampling)
-        if many:
-            self.many = run_compiled
-            self.launch(torch.zeros(2, cpu.MAX_ROWS + 1, dtype=torch.int64), sampling)
+        if decode:
+            self.decode_step = CapturedStep(compiled_step) if HAS_KERNELS and self.kv_cache.is_cuda else compiled_step
+            self.start_pass(torch.zeros(2, 1, dtype=torch.int64, device=self.kv_cache.device), params)
+        if prefill:
+            self.prefill_step = compiled_step
+            inputs = torch.zeros(2, MAX_DECODE_ROWS + 1, dtype=torch.int64, device=self.kv_cache.device)
+            self.start_pass(inputs, params)
 
 
-def generate(engine: Engine, prompt: list[int], limit: int, ends: Container[int], sampling: Sampling, speculation=None):
-    """Yield the tokens that follow `prompt`, of which the engine may hold a beginning (Engine.rewind comes first).
+def generate(
+    engine: Engine,
+    prompt: list[int],
+    max_new_tokens: int,
+    eos_ids: Container[int],
+    params: SamplingParams,
+    speculation: Speculation | None = None,
+) -> Iterator[int]:
+    """Yield the tokens that follow `prompt`, up to one of `eos_ids` (which is not yielded).
 
-    Each is the model's own sample given all before it, guessed or not. They end before one of the tokens `ends`,
-    after `limit` tokens, or where the context ends, with the token behind its last position.
+    Stops after max_new_tokens or when the context is full, with the token after its last position. At the end, keys and
+    values are saved to the prefix cache if the engines have one.
     """
     ids = list(prompt)
-    end = min(len(prompt) + limit, engine.model.args.max_seq_length + 1)
-    tokens = engine.extend(prompt, sampling)
-    while True:
-        for token in tokens:
-            if token in ends:
-                return
-            ids.append(token)
-            yield token
-            if len(ids) == end:
-                return
-        if speculation is None:
-            tokens = engine.run([token], sampling)
-        else:
-            tokens = speculation.advance(engine, ids, end - 1 - len(ids), sampling)
-
-
-class Shown:
-    """Prints an answer as it comes, up to the first of the texts `stops`; what may become one of them is held back."""
-
-    def __init__(self, stops: list[bytes]) -> None:
-        self.stops = stops
-        self.decode = text_decoder().decode
-        self.size = 0  # bytes that were shown
-        self.held = b""
-        self.stop = b""  # that was found
-
-    def add(self, data: bytes) -> bool:
-        """Whether the answer goes on."""
-        self.held += data
-        found = [(self.held.index(stop), stop) for stop in self.stops if stop in self.held]
-        lengths = [(stop, range(1, min(len(stop), len(self.held) + 1))) for stop in self.stops]
-        begun = [n for stop, each in lengths for n in each if self.held.endswith(stop[:n])]
-        count, self.stop = min(found, default=(len(self.held) - max(begun, default=0), b""))
-        sure = self.held[:count]
-        self.held = b"" if self.stop else self.held[count:]
-        self.size += count
-        print(self.decode(sure), end="", flush=True)
-        return not self.stop
-
-    def end(self, line_end: str) -> None:
-        """Show what was held back, for nothing comes any more."""
-        self.size += len(self.held)
-        print(self.decode(self.held, True), end=line_end, flush=True)
+    end = min(len(prompt) + max_new_tokens, engine.max_seq_length + 1)
+    draft = speculation.draft if speculation else None
+    try:
+        engine.match_prefix(prompt)
+        tokens = engine.prefill(prompt, params)
+        while True:
+            for token in tokens:
+                if token in eos_ids:
+                    return
+                ids.append(token)
+                yield token
+                if len(ids) == end:
+                    return
+            if speculation:
+                tokens = speculation.speculative_decode(engine, ids, end - len(ids), params)
+            else:
+                tokens = engine.forward([token], params)
+    finally:
+        for each in (engine, draft):
+            if each:
+                each.save(ids)
 
 
 @dataclass
-class Answer:
+class Stats:
     """Figures of one answer."""
 
-    prompt: int  # tokens
-    cached: int = 0  # of these, which did not run
-    ids: list[int] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)  # seconds from the prompt to each token, or to the end without any
-    why: str = "interrupted"  # it ended
+    prompt_tokens: int
+    cached_tokens: int = 0
+    answer_ids: list[int] = field(default_factory=list)
+    times: list[float] = field(
+        default_factory=list
+    )  # seconds from the start to each token; to the end, if there is none
+    finish_reason: str = "interrupted"
 
 
 class Session:
-    """The models that the command line names, loaded and compiled: everything that an answer needs but its prompt.
+    """The loaded models and the settings of the command line: everything that an answer needs except its prompt.
 
-    ValueError names a file or flag that does not fit. `make_engine` (model, cache, checkpoint=) makes a model's engine,
-    `make_conversation` what Conversation would.
+    ValueError for a file or flag that does not fit.
     """
 
-    def __init__(
-        self, args: argparse.Namespace, make_engine: Callable = Engine, make_conversation: Callable = Conversation
-    ) -> None:
+    def __init__(self, args: argparse.Namespace, prefix_cache=None) -> None:
         sys.stdout.reconfigure(encoding="utf-8")
-        torch.set_num_threads(cpu.cores())
+        torch.set_num_threads(tp.num_threads())
         start = time.perf_counter()
+        if not HAS_KERNELS:
+            print("there is no folder kernels/, so decoding is several times slower", file=sys.stderr)
         self.args = args
-        self.make_conversation = make_conversation
-        self.system = tp.agree(lambda: terminal.read_text(args.system, "--system") if args.system else "")
-        self.stops = [terminal.read_text(text, "--stop", plain=True).encode() for text in args.stop]
-        self.engines = [self.load(args.checkpoint_path, make_engine)]  # the model's, then the draft's
+        self.prefix_cache = prefix_cache
+        self.system = tp.from_rank(lambda: utils.read_text(args.system, "--system") if args.system else "")
+        self.stops = [utils.read_text(text, "--stop", literal=True) for text in args.stop]
+        self.engines = [self.load(args.checkpoint_path)]  # the model's, then the draft's
         self.checkpoint = self.engines[0].checkpoint
         self.tokenizer = self.checkpoint.tokenizer
-        guess = None
+        draft = None
         if args.draft_checkpoint_path:
-            draft = self.load(args.draft_checkpoint_path, make_engine, draft=True)
-            if draft.checkpoint.tokenizer.vocabulary() != self.tokenizer.vocabulary():
+            draft = self.load(args.draft_checkpoint_path, is_draft=True)
+            if draft.checkpoint.tokenizer.bpe.vocab != self.tokenizer.bpe.vocab:
                 raise ValueError(f"{args.draft_checkpoint_path} has another vocabulary: choose a draft of the family")
             self.engines.append(draft)
-            guess = draft.guess
-        lookup = Lookup() if args.prompt_lookup else None
-        self.speculation = Speculation(guess, args.speculate_k, lookup) if guess or lookup else None
-        likely = {"top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p}
-        self.sampling = Sampling.on(args.device, 0, args.temperature, vocab_size=self.tokenizer.size, **likely)
-        self.answers: list[Answer] = []
+        lookup = PromptLookup() if args.prompt_lookup else None
+        self.speculation = Speculation(draft, args.speculate_k, lookup) if draft or lookup else None
+        limits = {"top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p}
+        vocab_size = self.tokenizer.vocab_size
+        self.params = SamplingParams.create(args.device, 0, args.temperature, vocab_size=vocab_size, **limits)
+        self.stats: list[Stats] = []
         print(f"Load time: {time.perf_counter() - start:.3f} s", file=sys.stderr)
         if args.compile or args.compile_prefill:
             self.compile()
 
-    def load(self, path: Path, make_engine: Callable, draft: bool = False) -> Engine:
-        """An engine for the checkpoint at `path`, with an empty cache."""
+    def load(self, path: Path, is_draft: bool = False) -> Engine:
+        """An engine for the checkpoint at `path`."""
         checkpoint = read_checkpoint(path)
-        model = tp.load_share(checkpoint, self.args.device, getattr(torch, self.args.precision), draft)
-        return make_engine(model, model.make_cache(checkpoint.args.max_seq_length), checkpoint=checkpoint)
+        model = tp.load_sharded(checkpoint, self.args.device, getattr(torch, self.args.precision), is_draft)
+        return Engine(model, checkpoint.args.max_seq_length, checkpoint, self.prefix_cache)
 
     def compile(self) -> None:
-        """Compile the steps that gain from it. ValueError where there is no compiler."""
+        """Compile the steps that gain from it. ValueError if there is no compiler."""
         start = time.perf_counter()
-        wanted = self.args.compile and self.args.device == "cuda"
+        args = self.args
         try:
             for engine in self.engines:
-                # A compiled step runs one row as two, which in 4 bits costs more than it gains.
-                few = wanted and storage("wo", engine.checkpoint.header["quantization"])[0] > 4
-                if few or self.args.compile_prefill:
-                    engine.compile(few, self.args.compile_prefill, self.sampling)
+                # A CPU replays its steps instead. A compiled step runs one row as two, which costs too much in 4 bits.
+                bits, _ = bits_and_groupsize("wo", engine.checkpoint.header["quantization"])
+                compile_decode = args.compile and args.device == "cuda" and bits > 4
+                if compile_decode or args.compile_prefill:
+                    engine.compile(compile_decode, args.compile_prefill, self.params)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise ValueError(f"torch.compile: {str(error).splitlines()[0]}: do without --compile[_prefill]") from error
         print(f"Compile time: {time.perf_counter() - start:.3f} s", file=sys.stderr)
 
     def conversation(self) -> Conversation:
-        """A new one."""
-        template = self.tokenizer.template is not None and not self.args.raw
-        return self.make_conversation(self.tokenizer, self.checkpoint.args.max_seq_length, self.system, template)
+        """A new conversation."""
+        use_chat_template = self.tokenizer.chat_template is not None and not self.args.raw
+        return Conversation(self.tokenizer, self.checkpoint.args.max_seq_length, self.system, use_chat_template)
 
-    def answer(self, prompt: list[int], i: int = 0) -> list[int]:
-        """Print the text that follows `prompt` as it comes, with seed + i; its ids. Ctrl-C ends it where one may."""
-        engine, shown, answer = self.engines[0], Shown(self.stops), Answer(len(prompt))
-        may_interrupt = self.args.interactive and tp.ranks() == (0, 1)  # torchrun ends its ranks on Ctrl-C
-        ends = [] if self.args.ignore_eos else self.tokenizer.ends
-        start = time.perf_counter()
-        self.sampling.seed.fill_((self.args.seed + i) % 2**31)
+    def answer(self, prompt: list[int], i: int = 0) -> str:
+        """Print the text that follows `prompt` while it is generated, with seed + i: the text, as Tokenizer.decode has it.
+
+        In a conversation, Ctrl-C ends the answer.
+        """
+        args, streamer, stats = self.args, TextStreamer(self.stops), Stats(len(prompt))
+        interruptible = args.interactive and tp.WORLD_SIZE == 1  # torchrun ends its ranks on Ctrl-C
+        eos_ids = [] if args.ignore_eos else self.tokenizer.eos_ids
+        self.params.seed.fill_((args.seed + i) % 2**31)
         if self.speculation:
-            self.speculation.rounds.clear()
-        with suppress(KeyboardInterrupt) if may_interrupt else nullcontext():
-            engine.rewind(prompt)
-            answer.cached = len(engine.ids)
-            for token in generate(engine, prompt, self.args.max_new_tokens, ends, self.sampling, self.speculation):
-                answer.ids.append(token)
-                answer.times.append(time.perf_counter() - start)
-                if not shown.add(self.tokenizer.bytes_of(token)):
+            self.speculation.start()
+        start = time.perf_counter()
+        tokens = generate(self.engines[0], prompt, args.max_new_tokens, eos_ids, self.params, self.speculation)
+        with suppress(KeyboardInterrupt) if interruptible else nullcontext(), closing(tokens):
+            for token in tokens:
+                stats.answer_ids.append(token)
+                stats.times.append(time.perf_counter() - start)
+                streamer.put(self.tokenizer.token_bytes(token))
+                if streamer.stop:
                     break
-            answer.why = self.reason(answer, shown.stop)
-        answer.times = answer.times or [time.perf_counter() - start]
-        shown.end("\n" if self.args.interactive or sys.stdout.isatty() else "")
-        said = self.tokenizer.beginning(answer.ids, shown.size) if shown.stop else answer.ids
-        with suppress(KeyboardInterrupt) if may_interrupt else nullcontext():
-            for each in self.engines:
-                each.keep(prompt + said)
-        self.answers.append(answer)
-        return said
+            stats.finish_reason = self.finish_reason(stats, streamer.stop)
+        stats.cached_tokens = self.engines[0].num_cached
+        stats.times = stats.times or [time.perf_counter() - start]
+        self.stats.append(stats)
+        if streamer.stop:
+            return self.end_line(self.tokenizer.decode(stats.answer_ids, streamer.printed))
+        streamer.put(b"", final=True)
+        return self.end_line(self.tokenizer.decode(stats.answer_ids))
 
-    def reason(self, answer: Answer, stop: bytes) -> str:
-        """Why an answer ended, before the text `stop` or before none."""
-        limit, context = self.args.max_new_tokens, self.checkpoint.args.max_seq_length
+    def end_line(self, text: str) -> str:
+        """End the line of an answer on a terminal and in a conversation; `text`."""
+        if self.args.interactive or sys.stdout.isatty():
+            print(flush=True)
+        return text
+
+    def finish_reason(self, stats: Stats, stop: str) -> str:
+        """The reason why an answer ended: the stop text, a limit, or the end-of-sequence token."""
+        max_new_tokens, context = self.args.max_new_tokens, self.checkpoint.args.max_seq_length
         if stop:
-            return f"stop text {stop.decode()!r}"
-        if len(answer.ids) == limit:
-            return f"max_new_tokens {limit}"
-        full = answer.prompt + len(answer.ids) > context
-        return f"context of {context} tokens is full" if full else "end of sequence"
+            return f"stop text {stop!r}"
+        if len(stats.answer_ids) == max_new_tokens:
+            return f"max_new_tokens {max_new_tokens}"
+        is_full = stats.prompt_tokens + len(stats.answer_ids) > context
+        return f"context of {context} tokens is full" if is_full else "end of sequence"
 
     def statistics(self) -> str:
-        """The figures of the last answer, a `Name: figures` line each."""
-        if not self.answers:
+        """The figures of the last answer, one `Name: figures` line each."""
+        if not self.stats:
             return "no answer yet"
-        answer = self.answers[-1]
-        decoded = max(len(answer.ids) - 1, 0)  # the first token is the prompt's
-        first, last = answer.times[0], answer.times[-1]
+        stats = self.stats[-1]
+        prompt_tokens, cached = stats.prompt_tokens, stats.cached_tokens
+        decoded = max(len(stats.answer_ids) - 1, 0)  # prefill samples the first token
+        first, last = stats.times[0], stats.times[-1]
         seconds = max(last - first, 1e-9)
-        rounds = self.speculation.rounds if self.speculation else [(PLAIN, 0, 0)] * decoded
-        tried, accepted = (sum(each[i] for each in rounds) for i in (1, 2))
-        weights = self.engines[0].model.state_dict().items()
-        size = sum(weight.nbytes for name, weight in weights if name != "tok_embeddings.weight")
-        cuda = self.args.device == "cuda"
-        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        accepted = min(accepted, decoded)  # behind a stop text they are no tokens
-        guesses = f"\nGuesses: {tried} tried, {accepted} accepted, {decoded} tokens in {len(rounds)} passes"
-        return f"""Prompt tokens: {answer.prompt} (cached {answer.cached} of {answer.prompt})
-Time to first token: {first:.3f} s
-Prefill: {(answer.prompt - answer.cached) / first:.2f} tokens/s
-Decode: {decoded / seconds:.2f} tokens/s ({len(answer.ids)} tokens in {last:.2f} s)
-Weights read: {len(rounds) * size / seconds / 1e9:.2f} GB/s{guesses if self.speculation else ""}
-Stopped: {answer.why}
-Peak memory: {peak / 1e9:.3f} GB ({"CUDA" if cuda else "RSS"})"""
+        passes = self.speculation.num_passes if self.speculation else decoded
+        state_dict = self.engines[0].model.state_dict()
+        size = sum(weight.nbytes for name, weight in state_dict.items() if name != "tok_embeddings.weight")
+        if self.args.device == "cuda":
+            peak = f"{torch.cuda.max_memory_allocated() / 1e9:.3f} GB (CUDA)"
+        else:
+            peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.3f} GB (RSS)"
+        lines = [
+            f"Prompt tokens: {prompt_tokens} (cached {cached} of {prompt_tokens})",
+            f"Time to first token: {first:.3f} s",
+            f"Prefill: {(prompt_tokens - cached) / first:.2f} tokens/s",
+            f"Decode: {decoded / seconds:.2f} tokens/s ({len(stats.answer_ids)} tokens in {last:.2f} s)",
+            f"Weights read: {passes * size / seconds / 1e9:.2f} GB/s",
+        ]
+        if self.speculation:
+            drafted, accepted = self.speculation.num_drafted, min(self.speculation.num_accepted, decoded)
+            lines.append(f"Guesses: {drafted} tried, {accepted} accepted, {decoded} tokens in {passes} passes")
+        return "\n".join([*lines, f"Stopped: {stats.finish_reason}", f"Peak memory: {peak}"])
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The flags of generate.py, which generate_prefill.py has as well."""
+    number = utils.number_between
     parser = argparse.ArgumentParser(description="Generate text from a checkpoint.", allow_abbrev=False)
     add = parser.add_argument
-    add("--checkpoint_path", type=Path, required=True, help="model.pth, or what quantize.py made of it")
-    add("--prompt", action="append", help='text to go on with, @FILE, or "-" for standard input; may be repeated')
-    add("--interactive", action="store_true", help="a conversation: each line of standard input in place of --prompt")
-    add("--system", help="text or @FILE that comes before everything, as a chat model's instructions where it is one")
-    add("--raw", action="store_true", help="let a chat model go on with the text as it is, without its template")
-    add("--num_samples", type=terminal.number(1), default=1, help="answers to each prompt; answer i uses seed + i (1)")
-    add("--max_new_tokens", type=terminal.number(1), default=200, help="longest answer, in tokens (200)")
+    add("--checkpoint_path", type=Path, required=True, help="model.pth, or a file that quantize.py wrote")
+    add("--prompt", action="append", help='text to continue, @FILE, or "-" for standard input; may be repeated')
+    add("--interactive", action="store_true", help="hold a conversation: each line of standard input is a prompt")
+    add("--system", help="text or @FILE that comes first; for a chat model, its system prompt")
+    add("--raw", action="store_true", help="continue the text as it is, without the chat template")
+    add("--num_samples", type=number(1), default=1, help="answers to each prompt; answer i uses seed + i (1)")
+    add("--max_new_tokens", type=number(1), default=200, help="longest answer, in tokens (200)")
     add("--stop", action="append", default=[], help="end the answer before this text; may be repeated")
-    add("--temperature", type=terminal.number(0, 1e30, float), default=0.8, help="of sampling; 0 is greedy (0.8)")
-    add("--top_k", type=terminal.number(1), help="sample among so many of the likeliest tokens only (all)")
-    add("--top_p", type=terminal.number(1e-6, 1, float), help="of these, the fewest that sum to this probability (1)")
+    add("--temperature", type=number(0, 1e30, float), default=0.8, help="sampling temperature; 0 is greedy (0.8)")
+    add("--top_k", type=number(1), help="sample from the K most likely tokens (all)")
+    add("--top_p", type=number(1e-6, 1, float), help="nucleus: the most likely tokens whose probabilities sum to P (1)")
+    add("--min_p", type=number(0, 1, float), help="drop tokens less likely than P times the most likely (0)")
+    add("--draft_checkpoint_path", type=Path, help="speculative decoding with a small model of the same vocabulary")
     add(
-        "--min_p",
-        type=terminal.number(0, 1, float),
-        help="of these, from this part of the likeliest's on (0); all three before --temperature",
+        "--prompt_lookup",
+        action="store_true",
+        help="speculative decoding with n-grams of the text; also beside a draft",
     )
-    add("--draft_checkpoint_path", type=Path, help="a small model of the same vocabulary guesses ahead")
-    add("--prompt_lookup", action="store_true", help="guess what followed the last tokens before, also beside a draft")
-    add("--speculate_k", type=terminal.number(1, cpu.MAX_ROWS - 1), default=5, help="longest run of guesses (5)")
-    add("--seed", type=terminal.number(0, 2**31 - 1), default=1234, help="the same seed gives the same text (1234)")
-    add("--compile", action="store_true", help="slower start, faster decoding on CUDA in 16 and 8 bits")
-    add("--compile_prefill", action="store_true", help="compile the prompt's pass as well")
-    add("--device", choices=DEVICES, default=DEVICES[0], help="cuda where there is one")
+    add("--speculate_k", type=number(1, MAX_DECODE_ROWS - 1), default=5, help="most guesses in a pass (5)")
+    add("--seed", type=number(0, 2**31 - 1), default=1234, help="the same seed gives the same text (1234)")
+    add("--compile", action="store_true", help="torch.compile decoding on CUDA, in 16 and 8 bits; starts more slowly")
+    add("--compile_prefill", action="store_true", help="torch.compile the pass over the prompt as well")
+    add("--device", choices=DEVICES, default=DEVICES[0], help="cuda, if there is one")
     add("--precision", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of activations and floats")
     add("--ignore_eos", action="store_true", help="do not stop at the end-of-sequence token (for benchmarks)")
     return parser
 
 
-def answer_all(args: argparse.Namespace, *makers: Callable) -> Session:
-    """Print num_samples answers to each prompt, with statistics, or hold a conversation. `makers` are Session's."""
-    tp.join(args.device)
+def generate_all(args: argparse.Namespace, prefix_cache=None) -> Session:
+    """Print num_samples answers to each prompt, with statistics, or hold a conversation."""
+    tp.init(args.device)
     if args.interactive and args.system == "-":
         raise ValueError("--system -: standard input is the conversation; give a text, or @FILE")
-    asked = [] if args.interactive else args.prompt or ["Hello, my name is"]
-    texts = tp.agree(lambda: [terminal.read_text(text, "--prompt") for text in asked])
-    session = Session(args, *makers)
+    prompts = [] if args.interactive else args.prompt or ["Hello, my name is"]
+    texts = tp.from_rank(lambda: [utils.read_text(text, "--prompt") for text in prompts])
+    session = Session(args, prefix_cache)
     if args.interactive:
-        converse(session.conversation(), session.answer, session.statistics)
-    prompts = [session.conversation().prompt(text) for text in texts]  # all are checked before the first answer
-    for prompt in prompts:
+        chat(session, session.conversation())
+    for prompt in [session.conversation().prompt(text) for text in texts]:  # all are checked before the first answer
         for i in range(args.num_samples):
-            if session.answers:
+            if session.stats:
                 print()
             session.answer(prompt, i)
             print(session.statistics(), file=sys.stderr)
@@ -372,7 +394,7 @@ def answer_all(args: argparse.Namespace, *makers: Callable) -> Session:
 
 
 def main() -> None:
-    answer_all(build_parser().parse_args())
+    generate_all(build_parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -1,185 +1,203 @@
-"""Guessing ahead: tokens from a draft and from the text itself, and how many of them pay.
+"""Speculative decoding: guess the next tokens cheaply, verify all guesses in one pass of the model.
 
-The model verifies guesses in one pass and keeps those that are its own samples, so nothing here can change the text;
-https://arxiv.org/abs/2408.07978 has the coupling by shared noise.
+A guess is accepted if it is the token that the model samples itself, with the same noise, so the text is that of plain
+decoding. https://arxiv.org/abs/2302.01318, with the noise shared as in https://arxiv.org/abs/2408.07978
 """
 
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-
-import torch
+from collections.abc import Iterator
 
 import tp
-from kernels.sampling import Sampling
+from sampling import SamplingParams
 
-PLAIN, DRAFT = -1, 0  # sources of guesses: none, a draft; the others are the lengths of what was found in the text
+NGRAM_LENGTHS = range(5, 1, -1)
+EXPLORE_EVERY = 32  # passes until something other than the fastest is tried
+MIN_TRIALS = 3  # of a source before it can lose, because one pass may have been unlucky
 
 
-class Lookup:
-    """The tokens behind the latest earlier place of the last few. https://github.com/apoorvumang/prompt-lookup-decoding
+class PromptLookup:
+    """Guesses the tokens that followed the last n-gram where it occurred before. 2 to 5 tokens make an n-gram.
 
-    An index of all places grows with the text, so finding one takes no longer in a long text.
+    https://github.com/apoorvumang/prompt-lookup-decoding, with an index that grows with the text, so that a long text
+    takes no longer.
     """
-
-    LENGTHS = range(5, 1, -1)
 
     def __init__(self) -> None:
         self.ids: list[int] = []  # the text, which grows in place
-        self.places: dict[tuple[int, ...], int] = {}  # where these tokens ended last, before the last token
-        self.read = 0  # tokens of the text that are in it
+        self.ngrams: dict[tuple[int, ...], int] = {}  # the position after the last occurrence but the final one
+        self.indexed = 0  # tokens of the text that are in it
 
     def find(self, ids: list[int]) -> tuple[int, int]:
-        """How many of the last tokens stood before, at most five, and where these end; (0, 0) if there are not two."""
+        """Length of the longest final n-gram that occurred before, and the position after it; (0, 0) if none did."""
         if ids is not self.ids:
-            self.ids, self.places, self.read = ids, {}, 0
-        for end in range(self.read + 1, len(ids)):
-            for length in self.LENGTHS:
+            self.ids, self.ngrams, self.indexed = ids, {}, 0
+        for end in range(self.indexed + 1, len(ids)):
+            for length in NGRAM_LENGTHS:
                 if length <= end:
-                    self.places[tuple(ids[end - length : end])] = end
-        self.read = max(len(ids) - 1, 0)
-        for length in self.LENGTHS:
-            if place := self.places.get(tuple(ids[-length:])):
-                return length, place
+                    self.ngrams[tuple(ids[end - length : end])] = end
+        self.indexed = max(len(ids) - 1, 0)
+        for length in NGRAM_LENGTHS:
+            if position := self.ngrams.get(tuple(ids[-length:])):
+                return length, position
         return 0, 0
 
+    def propose(self, position: int, k: int) -> list[int]:
+        """`k` tokens of the text from `position` on; if it ends first, repeat them."""
+        tokens = self.ids[position : position + k]
+        return [tokens[i % len(tokens)] for i in range(k)]
 
-def follow(ids: list[int], place: int, count: int) -> list[int]:
-    """So many of the tokens from that place on, again and again if they are fewer."""
-    follows = ids[place : place + count]
-    return [follows[i % len(follows)] for i in range(count)]
 
+class MovingAverage:
+    """An exponential moving average over passes: a value weighs DECAY less for each pass since it was added."""
 
-class Mean:
-    """Of what passes gave: the older, the less it weighs."""
-
-    DECAY = 0.97  # for each pass since the last value, up to LONG: one that is rare must not decide alone
-    LONG = 8
+    DECAY = 0.98
+    MAX_DECAY_PASSES = 8  # so that a source that is rarely used does not forget all but its last value
 
     def __init__(self) -> None:
         self.count = 0
         self.weight = 0.0
         self.value = 0.0
-        self.last = 0
+        self.last_pass = 0
 
-    def add(self, value: float, now: int, forget: bool = False) -> None:
-        """Of pass `now`; all before may be forgotten."""
-        decay = 0.0 if forget else self.DECAY ** min(now - self.last, self.LONG)
+    def add(self, value: float, now: int, reset: bool = False) -> None:
+        """Add the value of pass `now`; with `reset`, drop the earlier ones."""
+        decay = 0.0 if reset else self.DECAY ** min(now - self.last_pass, self.MAX_DECAY_PASSES)
         self.count += 1
-        self.last = now
+        self.last_pass = now
         self.weight = decay * self.weight + 1
         self.value += (value - self.value) / self.weight
 
 
 class Speculation:
-    """Whose guesses to verify, and how many: of what can be had, whatever gives the most tokens a second.
+    """Chooses the source of guesses and their number with the most expected tokens per second, by measured averages.
 
-    `draft` (ids, count, sampling) -> guesses is an Engine's. How often the first guess stands, and each further one if
-    those before it do, is learned for each source, so for each length that was found in the text; the time of a pass by
-    the number of guesses, for those of a draft and those of the text.
+    Sources are "none", "draft", and "lookup n" for a match of n tokens.
     """
 
-    EVERY = 32  # passes until something beside the fastest is tried
-    TRIALS = 3  # of a source before it can lose: one pass may have been unlucky
-
-    def __init__(self, draft: Callable[..., list[int]] | None, longest: int, lookup: Lookup | None = None) -> None:
-        self.draft = draft
+    def __init__(self, draft, speculate_k: int, lookup: PromptLookup | None = None) -> None:
+        self.draft = draft  # a generate.Engine, or None
         self.lookup = lookup
-        self.longest = longest
-        self.read: tuple[list[int], int] = ([], 0)  # the text that the draft saw last, and how far
-        self.silent: list[int] = []  # the text that is too long for the draft
-        self.rounds: list[tuple[int, int, int]] = []  # of an answer: source, guesses tried, accepted, of each pass
+        self.speculate_k = speculate_k  # most guesses in a pass
+        self.acceptance = defaultdict(
+            MovingAverage
+        )  # by source: probability that a guess is accepted, if those before were
+        self.pass_seconds = [MovingAverage() for _ in range(speculate_k + 1)]  # by number of guesses
+        self.draft_seconds = MovingAverage()  # of one guess of the draft
+        self.last_used: dict[str, int] = defaultdict(int)  # by source, the pass
         self.passes = 0
-        self.tried: dict[int, int] = defaultdict(int)  # by source: the pass that tried it last
-        self.stands = defaultdict(lambda: [Mean() for _ in range(longest)])  # by source, of each guess
-        # By the number of guesses; for none it is the same, whoever would have guessed.
-        self.text_seconds = [Mean() for _ in range(longest + 1)]
-        self.draft_seconds = [self.text_seconds[0], *(Mean() for _ in range(longest))]
+        self.drafted: tuple[list[int], int] = ([], 0)  # the text that the draft saw last, and its length then
+        self.full: list[int] = []  # the text that is too long for the draft
+        self.start()
 
-    def seconds(self, source: int) -> list[Mean]:
-        """Those of its passes."""
-        return self.draft_seconds if source == DRAFT else self.text_seconds
+    def start(self) -> None:
+        """Start the counts of a new answer."""
+        self.num_passes = self.num_drafted = self.num_accepted = 0
 
-    def rates(self, source: int, most: int) -> Iterator[tuple[float, int, int]]:
-        """Expected tokens a second, `source`, and number, for each number of its guesses.
+    def measured(self) -> list[int]:
+        """Numbers of guesses whose passes were measured. The first pass does not count: the step was captured in it."""
+        return [k for k, average in enumerate(self.pass_seconds) if average.count > 1]
 
-        The time of a number that was not tried lies on the line between those of fewer and more; of up to twice as many
-        as were tried, it is hoped, they take no longer. The first time does not count: a step of so many rows may have
-        been recorded.
+    def expected_rates(self, source: str, max_k: int) -> Iterator[tuple[float, str, int]]:
+        """Expected tokens per second with 1 to max_k guesses of `source`: (rate, source, number of guesses).
+
+        If guesses are accepted with probability a, a pass with k of them gives 1 + a + ... + a^k tokens,
+        https://arxiv.org/abs/2211.17192, equation 1. A pass takes as long as measured. A number between measured ones
+        takes as long as the next larger; up to twice the largest, in hope, as long as the largest.
         """
-        seconds = self.seconds(source)
-        known = [count for count, mean in enumerate(seconds) if mean.count > 1]
-        tokens = chance = 1.0
-        for count in range(1, min(most, max(1, 2 * known[-1])) + 1):
-            mean = self.stands[source][count - 1]
-            if mean.count > 0:  # else as the one before
-                stands = mean.value
-            chance *= stands
-            tokens += chance
-            below = max(each for each in known if each <= count)
-            above = min((each for each in known if each >= count), default=below)
-            part = (count - below) / max(above - below, 1)
-            expected = seconds[below].value + part * (seconds[above].value - seconds[below].value)
-            yield tokens / expected, source, count
+        measured = self.measured()
+        acceptance = self.acceptance[source].value
+        guess_seconds = self.draft_seconds.value if source == "draft" else 0.0
+        tokens = probability = 1.0
+        for k in range(1, min(max_k, max(1, 2 * measured[-1])) + 1):
+            probability *= acceptance
+            tokens += probability
+            known = min((n for n in measured if n >= k), default=measured[-1])
+            yield tokens / (self.pass_seconds[known].value + k * guess_seconds), source, k
 
-    def choose(self, room: int, sources: list[int]) -> tuple[int, int]:
-        """One of the sources or PLAIN, and the number of its guesses to try now, at most `room`.
+    def choose(self, max_k: int, sources: list[str]) -> tuple[str, int]:
+        """The source, one of `sources` or "none", and the number of its guesses to verify now, at most max_k.
 
-        None are measured first, then one of each source. Now and then something else than the fastest is tried: what
-        was not for the longest time, or more or fewer guesses.
+        First measure passes without guesses, then each source. Now and then explore: the source that was not used for
+        the longest time, or more or fewer guesses.
         """
-        plain, most = self.text_seconds[0], min(room, self.longest)
-        if plain.count < 2 or most < 1:
-            return PLAIN, 0
-        options = [(1 / plain.value, PLAIN, 0)]
+        plain = self.pass_seconds[0]
+        max_k = min(max_k, self.speculate_k)
+        if plain.count < 2 or max_k < 1:
+            return "none", 0
+        rates = [(1 / plain.value, "none", 0)]
         for source in sources:
-            if self.stands[source][0].count < self.TRIALS:
+            if self.acceptance[source].count < MIN_TRIALS:
                 return source, 1
-            options += self.rates(source, most)
-        _, fastest, count = max(options)
-        turn, rest = divmod(self.passes, self.EVERY)
+            rates += self.expected_rates(source, max_k)
+        _, source, k = max(rates)
+        exploration, rest = divmod(self.passes, EXPLORE_EVERY)
         if rest > 0:
-            return fastest, count
-        if turn % 2 == 0 or fastest == PLAIN:
-            fastest = min([PLAIN, *sources], key=self.tried.__getitem__)
-            return fastest, 0 if fastest == PLAIN else 1
-        return fastest, min(2 * count, most) if turn % 4 == 1 else max(count - max(1, count // 3), 1)
+            return source, self.refine(k, max_k)
+        if exploration % 2 == 0:
+            source = min(["none", *sources], key=self.last_used.__getitem__)
+            return source, 0 if source == "none" else 1
+        if source == "none":
+            _, source, k = max(rates[1:], default=rates[0])
+            return source, k
+        more, fewer = min(2 * k, max_k), max(k - max(1, k // 3), 1)
+        return source, more if exploration % 4 == 1 else fewer
 
-    def learn(self, source: int, tried: int, accepted: int, seconds: float) -> None:
-        """Note the guesses and the seconds of a pass."""
-        self.rounds.append((source, tried, accepted))
+    def refine(self, k: int, max_k: int) -> int:
+        """`k`, the best number of guesses, or one that was not measured, halfway to the next that was.
+
+        Costs are stairs: 7 guesses may take as long as 4, and 8 twice as long.
+        """
+        measured = self.measured()
+        larger = min((n for n in measured if n > k), default=k)
+        smaller = max((n for n in measured if n < k), default=k)
+        for between in ((k + larger) // 2, (k + smaller + 1) // 2):
+            if 0 < between <= max_k and between not in measured:
+                return between
+        return k
+
+    def update(self, source: str, k: int, accepted: int, draft_seconds: float, pass_seconds: float) -> None:
+        """Add a pass with `k` guesses to the averages."""
         self.passes += 1
-        self.tried[source] = self.passes
-        for i in range(min(accepted + 1, tried)):
-            self.stands[source][i].add(float(i < accepted), self.passes)
-        mean = self.seconds(source)[tried]
-        if mean.count > 2:
-            seconds = min(seconds, 3 * mean.value)  # a pause of the machine is not the cost of a pass
-        mean.add(seconds, self.passes, forget=mean.count == 1)
+        self.num_passes += 1
+        self.num_drafted += k
+        self.num_accepted += accepted
+        self.last_used[source] = self.passes
+        for i in range(min(accepted + 1, k)):
+            self.acceptance[source].add(float(i < accepted), self.passes)
+        average = self.pass_seconds[k]
+        if average.count > 2:  # a pause of the machine is not the cost of a pass
+            pass_seconds = min(pass_seconds, 3 * average.value)
+        average.add(pass_seconds, self.passes, reset=average.count == 1)
+        if source == "draft":
+            seconds = draft_seconds / k
+            if self.draft_seconds.count > 2:
+                seconds = min(seconds, 3 * self.draft_seconds.value)
+            self.draft_seconds.add(seconds, self.passes, reset=self.draft_seconds.count == 1)
 
-    def advance(self, engine, ids: list[int], room: int, sampling: Sampling) -> list[int]:
-        """The tokens that follow `ids`, in one pass of an Engine: one, and those of up to `room` guesses that stand."""
-        length, place = self.lookup.find(ids) if self.lookup else (0, 0)
-        sources = [DRAFT] if self.draft and self.silent is not ids else []
+    def speculative_decode(self, engine, ids: list[int], max_new_tokens: int, params: SamplingParams) -> list[int]:
+        """The tokens that follow `ids`, from one pass of an Engine: one, and one more for each accepted guess."""
+        length, position = self.lookup.find(ids) if self.lookup else (0, 0)
+        sources = ["draft"] if self.draft and self.full is not ids else []
         if length > 0:
-            sources.append(length)
-        # The first rank's clock decides.
-        choice = torch.tensor(self.choose(room, sources), device=engine.cache.device)
-        source, count = tp.share(choice).tolist()
-        if source == DRAFT:
-            if self.read[0] is not ids or len(ids) - self.read[1] > self.longest + 1:
-                self.draft(ids, 1, sampling)  # it reads what it has missed: that is not the cost of a guess
-            self.read = ids, len(ids)
+            sources.append(f"lookup {length}")
+        # Rank 0 chooses, because the clocks of the ranks differ.
+        source, k = tp.from_rank(lambda: self.choose(max_new_tokens - 1, sources))
+        if source == "draft":
+            if self.drafted[0] is not ids or len(ids) - self.drafted[1] > self.speculate_k + 1:
+                self.draft.draft(ids, 1, params)  # it catches up before the clock starts
+            self.drafted = ids, len(ids)
         start = time.perf_counter()
         guesses = []
-        if source > DRAFT:
-            guesses = follow(ids, place, count)
-        elif source == DRAFT:
-            guesses = self.draft(ids, count, sampling)
-            self.silent = [] if guesses else ids
-        samples = engine.run([ids[-1], *guesses], sampling)
+        if source == "draft":
+            guesses = self.draft.draft(ids, k, params)
+            self.full = [] if guesses else ids
+        elif source != "none":
+            guesses = self.lookup.propose(position, k)
+        middle = time.perf_counter()
+        samples = engine.forward([ids[-1], *guesses], params)
         accepted = len(os.path.commonprefix([guesses, samples]))
-        self.learn(source, len(guesses), accepted, time.perf_counter() - start)
-        del engine.ids[len(ids) + accepted :]  # keys and values of guesses that did not stand
+        self.update(source if guesses else "none", len(guesses), accepted, middle - start, time.perf_counter() - middle)
+        engine.truncate(len(ids) + accepted)
         return samples[: accepted + 1]

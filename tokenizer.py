@@ -1,184 +1,253 @@
-"""Text to token ids and back: both kinds of tokenizer, chat templates, text that is streamed as it comes."""
+"""Text to token ids and back: sentencepiece or byte-level BPE, special tokens, chat templates, streamed text."""
 
 import codecs
 import json
 import re
-import terminal
-from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
-from itertools import accumulate, groupby
+from functools import lru_cache, partial
+from heapq import heapify, heappop, heappush
+from itertools import groupby, pairwise
+
+from utils import reading
 
 import sentencepiece
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-# One replacement character for each byte that belongs to none, as sentencepiece has it.
+# One replacement character for each byte that is not UTF-8, as sentencepiece has it.
 codecs.register_error("replace each byte", lambda error: ("\ufffd" * (error.end - error.start), error.end))
-# Appended to a sentencepiece model: it puts no space before a text, and takes none away.
-AS_IT_IS = b"\x1a\x04\x18\x00\x20\x00"
-QUOTE = "\udfff"  # before a character: no token begins there that is not of the vocabulary. No text in UTF-8 has it
-# GPT-2's character for each byte: itself where it is printable, the others from 256 on.
+# normalizer_spec {add_dummy_prefix: false, remove_extra_whitespaces: false} in protobuf. Appended to a sentencepiece
+# model it overrides the model's own settings: no space is put before a text, and none is removed.
+NO_DUMMY_PREFIX = b"\x1a\x04\x18\x00\x20\x00"
+# Written before each character of a special token that somebody typed, so that it is not read as that token. A lone
+# surrogate, which no text in UTF-8 contains.
+ESCAPE = "\udfff"
+# Byte-level BPE spells each byte as a character, as GPT-2 does: itself if it is printable, or one from 256 on.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-ALPHABET = {byte: byte for byte in PRINTABLE}
-ALPHABET |= {byte: 256 + i for i, byte in enumerate(sorted(set(range(256)) - set(PRINTABLE)))}
-BYTES = {character: byte for byte, character in ALPHABET.items()}
-# The template of checkpoints that were converted when there was no other.
-# https://github.com/meta-llama/llama/blob/main/llama/generation.py, chat_completion
-LLAMA_2 = (
-    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] "
-    "{% if loop.index == 2 and messages[0].role == 'system' %}<<SYS>>\n{{ messages[0].content }}\n<</SYS>>\n\n"
-    "{% endif %}{{ m.content | trim }} [/INST]{% elif m.role == 'assistant' %} {{ m.content | trim }} "
-    "{{ eos_token }}{% endif %}{% endfor %}"
-)
+UNPRINTABLE = sorted(set(range(256)) - set(PRINTABLE))
+BYTE_TO_CHAR = {byte: byte for byte in PRINTABLE} | {byte: 256 + i for i, byte in enumerate(UNPRINTABLE)}
+CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
+RENAMED = {  # fields of checkpoints that were written before 2026-11-29
+    "added": "added_tokens",
+    "special": "special_tokens",
+    "bos": "bos_token",
+    "eos": "eos_token",
+    "begins": "add_bos_token",
+    "ends": "eos_ids",
+    "template": "chat_template",
+}
+
+
+class SentencePiece:
+    """A tokenizer.model. Any exception of sentencepiece's if it is not one."""
+
+    def __init__(self, model_proto: bytes) -> None:
+        self.processor = sentencepiece.SentencePieceProcessor(model_proto=model_proto)
+        self.processor_without_prefix = sentencepiece.SentencePieceProcessor(model_proto=model_proto + NO_DUMMY_PREFIX)
+        self.vocab = [self.processor.id_to_piece(token) for token in range(self.processor.vocab_size())]
+
+    def encode(self, text: str, add_prefix_space: bool) -> list[int]:
+        """Token ids of a text, after a space if the model adds one."""
+        return (self.processor if add_prefix_space else self.processor_without_prefix).encode(text)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of a token of the vocabulary."""
+        if self.processor.is_byte(token):
+            return bytes([int(self.vocab[token][3:5], 16)])  # "<0x0A>"
+        return self.processor_without_prefix.decode([token]).encode()
+
+
+class ByteLevelBPE:
+    """The model of a tokenizer.json: its vocabulary and merges, and the patterns that split a text into words.
+
+    `vocab` is a JSON list of pieces by id, `merges` one of "left right", the first merge first.
+    """
+
+    def __init__(self, vocab: str, merges: str, pre_tokenizer_patterns: list[str], ignore_merges: bool) -> None:
+        self.vocab = json.loads(vocab)
+        self.ids = {piece: token for token, piece in enumerate(self.vocab)}
+        self.ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(json.loads(merges))}
+        self.patterns = [re.compile(f"({pattern})", re.MULTILINE) for pattern in pre_tokenizer_patterns]
+        self.ignore_merges = ignore_merges  # a word that is a token is that token, whatever the merges
+        self.encode_word = lru_cache(2**16)(self.merge)
+
+    def merge(self, word: str) -> list[int]:
+        """Merge the two neighbours whose merge comes first, again and again. https://arxiv.org/abs/1508.07909
+
+        A heap of pairs and a linked list of parts, so that a long word takes n log n steps.
+        """
+        if self.ignore_merges and word in self.ids:
+            return [self.ids[word]]
+        parts = [character for character in word if character in self.ids]  # the library leaves out the others, too
+        following = list(range(1, len(parts) + 1))
+        preceding = list(range(-1, len(parts)))
+        pairs = enumerate(pairwise(parts))
+        heap = [(self.ranks[pair], i, pair) for i, pair in pairs if pair in self.ranks]
+        heapify(heap)
+
+        def push(i: int, j: int) -> None:
+            if i >= 0 and j < len(parts):
+                pair = parts[i], parts[j]
+                if pair in self.ranks:
+                    heappush(heap, (self.ranks[pair], i, pair))
+
+        while heap:
+            _, i, pair = heappop(heap)
+            j = following[i]
+            if j < len(parts) and pair == (parts[i], parts[j]):  # otherwise one of them was merged with another
+                parts[i] += parts[j]
+                parts[j] = ""
+                following[i] = following[j]
+                preceding[following[j]] = i
+                push(preceding[i], i)
+                push(i, following[i])
+        return [self.ids[part] for part in parts if part]
+
+    def encode(self, text: str, add_prefix_space: bool) -> list[int]:
+        """Token ids of a text. No space is ever added."""
+        words = [text]
+        for pattern in self.patterns:
+            words = [part for word in words for part in pattern.split(word) if part]
+        spelled = [word.encode().decode("latin-1").translate(BYTE_TO_CHAR) for word in words]
+        return [token for word in spelled for token in self.encode_word(word)]
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of a token of the vocabulary."""
+        return self.vocab[token].translate(CHAR_TO_BYTE).encode("latin-1", "replace")
 
 
 def any_of(texts: Iterable[str]) -> str:
-    """A regular expression for the longest of `texts` that stands somewhere; of none, one that nothing matches."""
+    """A pattern that matches the longest of `texts`; nothing, if there are none."""
     return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)"
 
 
-def refuse(message: str) -> None:
-    """What a template calls as raise_exception."""
+def raise_exception(message: str) -> None:
+    """The function that chat templates call to refuse a conversation."""
     raise TemplateError(message)
 
 
 @dataclass
 class Tokenizer:
-    """A sentencepiece model, and what else a repository says of texts. Any exception of sentencepiece's if it is none.
+    """Everything that a repository says about text. These fields are stored in the checkpoint."""
 
-    A model of byte-level BPE has GPT-2's characters for bytes, and as its last piece the one for what is unknown.
-    """
+    model: dict  # the arguments of SentencePiece or of ByteLevelBPE
+    added_tokens: dict[str, int]  # tokens that the model finds in no text, by their spelling
+    special_tokens: list[str]  # those of them that are not printed
+    bos_token: str
+    eos_token: str
+    add_bos_token: bool  # before a text without a chat template
+    eos_ids: list[int]  # each of them ends an answer
+    chat_template: str | None = None  # in Jinja
+    legacy: bool = True  # sentencepiece adds a space after an added token as well
 
-    proto: bytes
-    added: dict[str, int]  # tokens that are not of the vocabulary, by their text
-    special: list[str]  # those of them that an answer does not show
-    bos: str
-    eos: str
-    begins: bool  # with `bos`: a text that has no template
-    ends: list[int]  # tokens that end an answer
-    template: str | None = None  # of a chat, in Jinja
-    splits: list[str] | None = None  # regular expressions that cut a text for byte-level BPE; None: sentencepiece
-    whole_words: bool = False  # a part that is a token is not put together by merges
-    legacy: bool = True  # sentencepiece puts a space before a text behind an added token, too
+    @classmethod
+    def from_fields(cls, fields: dict) -> "Tokenizer":
+        """The tokenizer of a checkpoint's header, also in the names of earlier versions."""
+        fields = {RENAMED.get(name, name): value for name, value in fields.items()}
+        if "proto" in fields:
+            if fields.pop("splits") is not None:
+                raise ValueError("an earlier version wrote its tokenizer: convert it again with ./scripts/prepare.sh")
+            del fields["whole_words"]
+            fields["model"] = {"model_proto": fields.pop("proto")}
+        return cls(**fields)
 
     def __post_init__(self) -> None:
-        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=self.proto)
-        self.inner = sentencepiece.SentencePieceProcessor(model_proto=self.proto + AS_IT_IS)
-        self.size = self.pieces.vocab_size()
-        if self.splits is not None:
-            self.size -= 1
-            self.cuts = [re.compile(f"({split})", re.MULTILINE) for split in self.splits]
-            unknown = [byte for byte, code in ALPHABET.items() if self.pieces.piece_to_id(chr(code)) == self.size]
-            self.alphabet = ALPHABET | dict.fromkeys(unknown)  # the library tokenizers leaves these bytes out
-        self.added_ids = set(self.added.values())
-        self.start = [self.added[self.bos]] if self.begins and self.bos in self.added else []
-        self.tokens = re.compile(f"(?<!{QUOTE})({any_of(self.added)})")
-        self.control = re.compile(any_of(filter(self.controls, self.added)))
-        sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        sandbox.add_extension("jinja2.ext.loopcontrols")
-        sandbox.globals |= {"raise_exception": refuse, "bos_token": self.bos, "eos_token": self.eos}
-        sandbox.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-        self.chat = sandbox.from_string(self.template or "")
+        self.is_sentencepiece = "model_proto" in self.model
+        self.bpe = SentencePiece(**self.model) if self.is_sentencepiece else ByteLevelBPE(**self.model)
+        self.added_ids = {token: text for text, token in self.added_tokens.items()}
+        self.vocab_size = max(len(self.bpe.vocab), max(self.added_ids, default=0) + 1)
+        has_bos = self.add_bos_token and self.bos_token in self.added_tokens
+        self.bos_ids = [self.added_tokens[self.bos_token]] if has_bos else []
+        self.added_pattern = re.compile(f"(?<!{ESCAPE})({any_of(self.added_tokens)})")
+        self.special_pattern = re.compile(any_of(filter(self.is_special, self.added_tokens)))
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.add_extension("jinja2.ext.loopcontrols")
+        environment.globals |= {"raise_exception": raise_exception}
+        environment.globals |= {"bos_token": self.bos_token, "eos_token": self.eos_token}
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+        self.compiled_template = environment.from_string(self.chat_template or "")
 
-    def controls(self, text: str) -> bool:
-        """Whether the added token `text` may control a chat: it is special, ends answers, or looks like markup."""
-        known = text in self.special or self.added[text] in self.ends or text in (self.template or "")
-        return known or (text[0] in "<[" and text[-1] in ">]")
+    def is_special(self, text: str) -> bool:
+        """True if the added token `text` may control a chat: it is special, ends answers, or looks like markup."""
+        is_known = text in self.special_tokens or self.added_tokens[text] in self.eos_ids
+        return is_known or text in (self.chat_template or "") or (text[0] in "<[" and text[-1] in ">]")
 
-    def quote(self, text: str) -> str:
-        """`text` as it may stand in a rendered template: none of the tokens that control a chat is in it."""
-        return self.control.sub(lambda found: "".join(QUOTE + character for character in found[0]), text)
+    def escape(self, text: str) -> str:
+        """`text` for a chat template, so that none of its characters is read as a special token."""
+        return self.special_pattern.sub(lambda match: "".join(ESCAPE + character for character in match[0]), text)
 
     def render(self, messages: list[dict]) -> str:
-        """The chat template of `messages` with `role` and quoted `content`, up to where the next answer begins.
+        """The chat template of `messages` with `role` and escaped `content`, up to where the next answer starts.
 
-        As transformers renders it, but without a clock: the same text every day.
+        It has no clock, so that the same messages give the same text every day.
         """
-        with terminal.reading("the chat template", "--raw does without it"):
-            return self.chat.render(messages=messages, add_generation_prompt=True, tools=None, documents=None)
+        with reading("the chat template", "--raw does without it"):
+            return self.compiled_template.render(
+                messages=messages, add_generation_prompt=True, tools=None, documents=None
+            )
 
-    def encode_rendered(self, text: str, before: list[int] = ()) -> list[int]:
-        """The ids `before` and those of a rendered text behind them, with the added tokens in it."""
+    def apply_chat_template(self, messages: list[dict]) -> list[int]:
+        """Token ids of `render`."""
+        return self.encode_with_special_tokens(self.render(messages))
+
+    def encode_with_special_tokens(self, text: str, before: list[int] = ()) -> list[int]:
+        """`before` and the token ids of a text that follows, in which the spelling of an added token is that token."""
         ids = list(before)
-        for part in self.tokens.split(text):
-            if part in self.added:
-                ids.append(self.added[part])
+        for part in self.added_pattern.split(text):
+            if part in self.added_tokens:
+                ids.append(self.added_tokens[part])
             elif part:
-                begins = not ids or (self.legacy and ids[-1] in self.added_ids)
-                ids += self.encode_part(part.replace(QUOTE, ""), self.pieces if begins else self.inner)
+                add_prefix_space = not ids or (self.legacy and ids[-1] in self.added_ids)
+                ids += self.bpe.encode(part.replace(ESCAPE, ""), add_prefix_space)
         return ids
 
-    def beginning(self, ids: list[int], size: int) -> list[int]:
-        """Ids of the first `size` bytes of what `ids` say: of these the first, and anew what they do not say alone."""
-        said = b"".join(map(self.bytes_of, ids))[:size]
-        ends = [0, *accumulate(len(self.bytes_of(token)) for token in ids)]
-        count = bisect_right(ends, size) - 1
-        while count > 0 and ends[count] < size and said[ends[count]] >> 6 == 0b10:  # it goes on within a character
-            count -= 1
-        return ids[:count] + self.encode_part(said[ends[count] :].decode(errors="ignore"), self.inner)
-
-    def encode_part(self, text: str, pieces: sentencepiece.SentencePieceProcessor) -> list[int]:
-        """The ids of a text by the vocabulary alone."""
-        if self.splits is None:
-            return pieces.encode(text)
-        parts = [text]
-        for cut in self.cuts:
-            parts = [part for each in parts for part in cut.split(each) if part]
-        words = [part.encode().decode("latin-1").translate(self.alphabet) for part in parts]
-        found = pieces.encode(words, num_threads=1)
-        if self.whole_words:
-            tokens = pieces.piece_to_id(words)
-            other = self.added_ids | {self.size}
-            found = [ids if token in other else [token] for ids, token in zip(found, tokens, strict=True)]
-        return [token for ids in found for token in ids]
-
     def encode(self, text: str) -> list[int]:
-        """The ids of what somebody wrote, nothing added; the spelling of a special token stays text."""
-        return self.encode_rendered(self.quote(text))
+        """Token ids of a text that somebody wrote, without BOS; the spelling of a special token stays text."""
+        return self.encode_with_special_tokens(self.escape(text))
 
-    def bytes_of(self, token: int) -> bytes:
-        """The bytes that `token` adds to a text in UTF-8."""
-        piece = self.pieces.id_to_piece(token)
-        if piece in self.added:
-            return b"" if piece in self.special else piece.encode()
-        if self.splits is not None:
-            return piece.translate(BYTES).encode("latin-1", "replace")
-        if self.pieces.is_byte(token):
-            return bytes([int(piece[3:5], 16)])  # "<0x0A>"
-        return self.inner.decode([token]).encode()
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of UTF-8 that `token` adds to a text."""
+        if token in self.added_ids:
+            text = self.added_ids[token]
+            return b"" if text in self.special_tokens else text.encode()
+        return self.bpe.token_bytes(token) if token < len(self.bpe.vocab) else b""
 
-    def message(self, ids: list[int]) -> str:
-        """The text of an answer as a template is given it, quoted, without the space that sentencepiece begins it with.
-
-        An added token that is shown stays one; it is no spelling of it.
-        """
+    def decode(self, ids: list[int], max_characters: int | None = None) -> str:
+        """The text of an answer, cut after some characters, and escaped: only its added tokens encode to tokens."""
         text = ""
-        for added, run in groupby(ids, lambda token: token in self.added_ids):
-            said = b"".join(map(self.bytes_of, run)).decode("utf-8", "replace each byte")
-            text += said if added else self.quote(said)
-        return text.removeprefix(" ") if self.splits is None else text
-
-    def vocabulary(self) -> list[str]:
-        """All pieces, by id."""
-        return [self.pieces.id_to_piece(token) for token in range(self.size)]
-
-
-def of_sentencepiece(proto: bytes, template: str | None = None) -> Tokenizer:
-    """The tokenizer of a sentencepiece model of which nothing else is known. ValueError where it has no BOS or EOS."""
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
-    ends = [pieces.bos_id(), pieces.eos_id()]
-    if min(ends) < 0:
-        raise ValueError(f"the ids of BOS and EOS are {ends}, but a model of text has both")
-    bos, eos = map(pieces.id_to_piece, ends)
-    added = dict(zip([bos, eos], ends, strict=True))
-    return Tokenizer(proto, added, [bos, eos], bos, eos, begins=True, ends=ends[1:], template=template)
+        length = 0
+        for is_added, run in groupby(ids, self.added_ids.__contains__):
+            part = b"".join(map(self.token_bytes, run)).decode("utf-8", "replace each byte")
+            if max_characters is not None:
+                part = part[: max_characters - length]
+            length += len(part)
+            text += part if is_added else self.escape(part)
+        return text
 
 
-def text_decoder() -> codecs.IncrementalDecoder:
-    """Bytes of tokens in, text out as soon as it is certain: those that the next may complete to a character wait.
-
-    decode(b"", True) gives the rest, when no more tokens come.
-    """
+def utf8_decoder() -> codecs.IncrementalDecoder:
+    """A decoder of a stream of UTF-8: an incomplete character waits for its last byte, or for decode(b"", True)."""
     return codecs.getincrementaldecoder("utf-8")("replace each byte")
+
+
+class TextStreamer:
+    """Prints an answer while it is generated, up to the first of the texts `stops`. Holds back what may become one."""
+
+    def __init__(self, stops: list[str]) -> None:
+        self.stops = stops
+        self.decode = utf8_decoder().decode
+        self.pending = ""  # not printed yet
+        self.printed = 0  # characters
+        self.stop = ""  # the stop text that ended the answer
+
+    def put(self, data: bytes, final: bool = False) -> None:
+        """Add the bytes of a token; with `final`, print what was held back."""
+        self.pending += self.decode(data, final)
+        found = [(self.pending.index(stop), stop) for stop in self.stops if stop in self.pending]
+        starts = [] if final else [stop[:n] for stop in self.stops for n in range(1, len(stop))]
+        held_back = max((len(start) for start in starts if self.pending.endswith(start)), default=0)
+        end, self.stop = min(found, default=(len(self.pending) - held_back, ""))
+        print(self.pending[:end], end="", flush=True)
+        self.printed += end
+        self.pending = "" if self.stop else self.pending[end:]

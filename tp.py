@@ -1,128 +1,147 @@
-"""Tensor parallelism: each of torchrun's ranks holds a part of every layer, and the outputs of the parts are added up.
+"""Tensor parallelism: each rank that torchrun starts holds a part of every layer; the outputs of the parts are added.
 
     torchrun --standalone --nproc_per_node=2 generate.py --compile --checkpoint_path checkpoints/$MODEL_REPO/model.pth
 
-It owns the process group, the one rule by which weights are divided, and how ranks agree where each would see
-something else: text that is read, times, files. All run the same program; rank 0 alone reads the keyboard and writes.
+All ranks run the same program. Rank 0 reads the keyboard and prints; it sends the others what only one rank may decide:
+texts, and choices that depend on time.
 """
 
 import json
 import os
 import sys
-import terminal
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
+
+import utils
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import all_gather_tensor
 
-from checkpoint import Checkpoint, load_model, storage
+from checkpoint import Checkpoint, bits_and_groupsize, load_model
 from model import ModelArgs, Transformer
 
-# Whether torchrun has started this process: it sets all of these.
-IS_RANK = os.environ.keys() >= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+# torchrun sets all of these. LOCAL_RANK alone may be left in a shell from a job that has ended.
+STARTED_BY_TORCHRUN = os.environ.keys() >= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+RANK = int(os.environ["RANK"]) if STARTED_BY_TORCHRUN else 0
+WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if STARTED_BY_TORCHRUN else 1
 
 
-def ranks() -> tuple[int, int]:
-    """This process's rank, and how many there are: (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def join(device: str) -> None:
-    """Become one of the ranks, where torchrun has started this process. ValueError where no GPU is left for it."""
-    if not IS_RANK:
+def init(device: str) -> None:
+    """Join the process group if torchrun has started this process. ValueError if there is no GPU for it."""
+    if not STARTED_BY_TORCHRUN:
         return
     if device == "cuda":
         if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count():
             raise ValueError(f"--nproc_per_node: this host has {torch.cuda.device_count()} GPUs: start no more ranks")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # A conversation may rest for days; a rank that ends is noticed all the same.
+    # The timeout is long, because a conversation may rest for days; a rank that ends is noticed at once.
     dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", timeout=timedelta(weeks=52))
 
 
 def run(main: Callable[[], None]) -> None:
-    """`terminal.run` for a script that torchrun may start: of the ranks the first alone reads and writes.
+    """utils.run; only rank 0 reads and prints, and the first rank of each host prints errors."""
+    if not STARTED_BY_TORCHRUN:
+        utils.run(main)
+    devnull = open(os.devnull, "r+")  # noqa: SIM115  open until the process ends
+    errors = sys.stderr if os.environ["LOCAL_RANK"] == "0" else devnull
+    if RANK > 0:
+        sys.stdin = sys.stdout = sys.stderr = devnull
+    status = utils.exit_status(main, errors, "a rank has ended, or is out of reach")
+    os._exit(status)  # a plain exit waits for threads of the process group, and aborts
 
-    The first rank of each host tells errors.
+
+def cgroup_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
+    """CPUs that the container's quota allows; infinity without one. cgroup v2 has one file, v1 has two."""
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        if all((cgroup / file).exists() for file in files):
+            quota, period = " ".join((cgroup / file).read_text() for file in files).split()
+            return float("inf") if quota in ("max", "-1") else int(quota) / int(period)
+    return float("inf")
+
+
+def num_threads() -> int:
+    """One thread per physical core that affinity and the container's quota allow, divided among the local ranks.
+
+    Hyperthreads gain nothing, because decoding waits for memory. OMP_NUM_THREADS overrides this, but not under
+    torchrun, which always sets it.
     """
-    if not IS_RANK:
-        terminal.run(main)
-    nothing = open(os.devnull, "r+")  # noqa: SIM115  until the process ends
-    errors = sys.stderr if os.environ["LOCAL_RANK"] == "0" else nothing
-    if os.environ["RANK"] != "0":
-        sys.stdin = sys.stdout = sys.stderr = nothing
-    status = terminal.status_of(main, errors, "a rank has ended, or is out of reach")
-    os._exit(status)  # the threads of a process group abort an interpreter that winds up
+    if "OMP_NUM_THREADS" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ:
+        return torch.get_num_threads()
+    siblings = [Path(f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list") for n in os.sched_getaffinity(0)]
+    physical = {path.read_text() if path.exists() else str(path) for path in siblings}
+    return max(1, int(min(len(physical), cgroup_cpus())) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def agree(compute: Callable, rank: int = 0) -> object:
-    """The result of `compute`, which JSON can hold, on that rank; the others wait for it."""
-    data = json.dumps(compute()).encode() if ranks()[0] == rank else b""
-    size = int(share(torch.tensor(len(data)), rank))
-    data = share(torch.tensor(list(data.ljust(size)), dtype=torch.uint8), rank)
-    return json.loads(bytes(data.tolist()))
-
-
-def gather(value: object) -> list:
-    """`value` of each of the ranks, in their order."""
-    return [agree(lambda: value, rank) for rank in range(ranks()[1])]
-
-
-def share(tensor: Tensor, rank: int = 0) -> Tensor:
-    """That rank's `tensor`, in its place on every rank."""
+def broadcast(tensor: Tensor, rank: int = 0) -> Tensor:
+    """Broadcast `tensor` from `rank`, in place."""
     if dist.is_initialized():
         dist.broadcast(tensor, rank)
     return tensor
 
 
-def shard(name: str, tensor: Tensor, args: ModelArgs) -> Tensor:
-    """This rank's part of a checkpoint's tensor in any layout: output channels are dim 0, input channels dim 1 of each.
+def from_rank(compute: Callable, rank: int = 0) -> object:
+    """The result of `compute` on one rank, sent to all ranks as JSON."""
+    data = json.dumps(compute()).encode() if rank == RANK else b""
+    size = int(broadcast(torch.tensor(len(data)), rank))
+    data = broadcast(torch.tensor(list(data.ljust(size)), dtype=torch.uint8), rank)
+    return json.loads(bytes(data.tolist()))
 
-    wqkv and w13 are divided by outputs, q, k, v, w1 and w3 each by itself; wo and w2 by inputs; the rest is
-    everybody's. `args` are those of the whole model.
+
+def all_gather(value: object) -> list:
+    """`value` of each rank, in their order."""
+    return [from_rank(lambda: value, rank) for rank in range(WORLD_SIZE)]
+
+
+def shard(name: str, tensor: Tensor, args: ModelArgs) -> Tensor:
+    """This rank's part of a tensor of the checkpoint. In all layouts dim 0 is output channels, dim 1 input channels.
+
+    wqkv and w13 are split by output channels (q, k, v, w1 and w3 each by itself), wo and w2 by input channels; the rest
+    is on every rank. `args` describes the whole model.
     """
-    rank, count = ranks()
     layer = name.split(".")[-2]
     if layer in ("wqkv", "w13"):
-        proportions = [args.n_head, args.n_kv_head, args.n_kv_head] if layer == "wqkv" else [1, 1]
-        parts = tensor.unflatten(0, (sum(proportions), -1)).split(proportions)
-        return torch.cat([part.flatten(0, 1).chunk(count)[rank] for part in parts])
-    if layer in ("wo", "w2") and tensor.ndim == 2:  # the scales of int8 are of outputs
-        return tensor.chunk(count, dim=1)[rank].contiguous()
+        sizes = [args.n_head, args.n_kv_head, args.n_kv_head] if layer == "wqkv" else [1, 1]
+        parts = tensor.unflatten(0, (sum(sizes), -1)).split(sizes)
+        return torch.cat([part.flatten(0, 1).chunk(WORLD_SIZE)[RANK] for part in parts])
+    if layer in ("wo", "w2") and tensor.ndim == 2:  # an int8 scale is per output channel
+        return tensor.chunk(WORLD_SIZE, dim=1)[RANK].contiguous()
     return tensor
 
 
-def add_up(module: torch.nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-    """A forward hook: the sum of the ranks' outputs [B, S, dim], added in float32 and in the ranks' order.
+def all_reduce(module: torch.nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    """A forward hook: the sum of the ranks' outputs [B, S, dim], in float32 and in the order of the ranks.
 
-    An all-reduce's order depends on the size of its input: with it a row of many would not be that row alone, bit
-    for bit, which speculation relies on. (On gloo it takes twice as long, too, for the few rows of decoding.)
+    The order of additions in dist.all_reduce depends on the size of its input, so a row of many would not be that row
+    alone, bit for bit, and speculation could change the text. For few rows on gloo it also takes twice as long.
     """
     outputs = all_gather_tensor(output, 0, dist.group.WORLD).float()
-    return sum(outputs.chunk(dist.get_world_size())).to(output.dtype)
+    return sum(outputs.chunk(WORLD_SIZE)).to(output.dtype)
 
 
-def load_share(checkpoint: Checkpoint, device: str, dtype: torch.dtype, draft: bool = False) -> Transformer:
-    """This rank's share of a model; all of a `draft` that cannot be divided. ValueError before any weight is read."""
-    _, count = ranks()
-    if len(set(gather(checkpoint.header["id"]))) > 1:
-        raise ValueError(f"{checkpoint.path} is not the same file on every host: copy that of the first to the others")
-    whole = checkpoint.args
-    sizes = {"n_head": whole.n_head, "n_kv_head": whole.n_kv_head, "ffn_dim": whole.ffn_dim}
-    inputs = {"wo": whole.n_head * whole.head_dim, "w2": whole.ffn_dim}
-    _, groupsize = storage("wo", checkpoint.header["quantization"])
+def load_sharded(checkpoint: Checkpoint, device: str, dtype: torch.dtype, is_draft: bool = False) -> Transformer:
+    """This rank's part of a model, or all of a draft that cannot be divided.
+
+    ValueError, before any weight is read, if the number of ranks does not divide a model.
+    """
+    args = checkpoint.args
+    heads = {"n_head": args.n_head, "n_kv_head": args.n_kv_head, "ffn_dim": args.ffn_dim}
+    inputs = {"wo": args.n_head * args.head_dim, "w2": args.ffn_dim}
+    _, groupsize = bits_and_groupsize("wo", checkpoint.header["quantization"])
     groups = {f"groups of {layer}'s inputs": size // (groupsize or 1) for layer, size in inputs.items()}
-    uneven = [f"{name} = {size}" for name, size in (sizes | groups).items() if size % count != 0]
-    if count == 1 or (draft and uneven):
+    indivisible = [f"{name} = {size}" for name, size in (heads | groups).items() if size % WORLD_SIZE != 0]
+    if WORLD_SIZE == 1 or (is_draft and indivisible):
         return load_model(checkpoint, device, dtype)
-    if uneven:
-        raise ValueError(f"{checkpoint.path}: {uneven[0]} is no multiple of {count} ranks: start another number")
-    args = replace(whole, **{name: size // count for name, size in sizes.items()})
-    model = load_model(replace(checkpoint, args=args), device, dtype, lambda name, tensor: shard(name, tensor, whole))
+    if indivisible:
+        raise ValueError(
+            f"{checkpoint.path}: {indivisible[0]} is no multiple of {WORLD_SIZE} ranks: start another number"
+        )
+    part = replace(args, **{name: size // WORLD_SIZE for name, size in heads.items()})
+    model = load_model(replace(checkpoint, args=part), device, dtype, lambda name, tensor: shard(name, tensor, args))
     for layer in model.layers:
-        layer.attention.register_forward_hook(add_up)
-        layer.feed_forward.register_forward_hook(add_up)
+        layer.attention.register_forward_hook(all_reduce)
+        layer.feed_forward.register_forward_hook(all_reduce)
     return model

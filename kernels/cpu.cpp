@@ -1,9 +1,9 @@
 // A decoding step on a CPU at the speed of memory: its operations, and the threads that repeat them.
 //
 // kernels/cpu.py describes a call as an operation and an array of 8-byte words; all tensors are contiguous. Activations
-// are bfloat16 and stay it, sums are float32. Two promises beside speed: row i of many is bit for bit that row alone, on
-// any number of threads (every row has accumulators of its own and a fixed order of additions), and a position's
-// attention does not depend on what lies behind it.
+// are bfloat16, sums are float32. Two promises beside speed: row i of many is bit for bit that row alone, on any number
+// of threads (every row has accumulators of its own and a fixed order of additions), and a position's attention does not
+// depend on the cache after it.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -20,13 +20,13 @@
 
 using bf16 = uint16_t;
 #define UNROLLED _Pragma("GCC unroll 16")  // so that what an array holds stays in registers
-static constexpr long STRIP = 8;           // output channels that a product takes at a time
-static constexpr long TASK = 16384;        // bytes of weights in strips that are one task, if not one strip is more
-static constexpr long ROWS = 8;            // rows that one pass over a strip's weights serves
-static constexpr long AHEAD = 4096;        // bytes of weights that are asked of memory before they are needed
-static constexpr long SPINS = 50000;       // looks at the other threads, some 50 us, before a thread sleeps
-static constexpr long BLOCK = 128;         // activations are padded with zeros to whole blocks of so many channels
-static constexpr long MAX_HEAD_DIM = 1024;  // as kernels/cpu.py has it
+static constexpr long STRIP = 8;                // output channels that a product computes at a time
+static constexpr long TASK_BYTES = 16384;       // weights of a task, in whole strips, but at least one strip
+static constexpr long ROWS = 8;                 // rows that one pass over a strip's weights serves
+static constexpr long PREFETCH_BYTES = 4096;    // distance of a prefetch from the weight that is read
+static constexpr long SPINS = 50000;            // polls of the other threads, some 50 us, before a thread sleeps
+static constexpr long BLOCK = 128;              // activations are padded with zeros to whole blocks of channels
+static constexpr long MAX_HEAD_DIM = 1024;      // as in kernels/cpu.py
 static constexpr long MAX_THREADS = 256;
 
 static inline float to_float(bf16 x) {
@@ -41,10 +41,10 @@ static inline bf16 to_bf16(float x) {
     return bf16((bits + 0x7FFF + odd) >> 16);
 }
 
-// ---- An operation is a struct of its arguments, which are 8 bytes wide each and in the order of kernels/cpu.py. It runs
-// in phases, and a phase in tasks, which any threads do in any order; it begins when all tasks before it are done.
+// ---- An operation is a struct of its arguments, 8 bytes each, in the order of kernels/cpu.py. It runs in phases, and a
+// phase in tasks, which any threads run in any order; a phase starts when all tasks of the one before it are done.
 struct Phase {
-    long (*tasks)(const void *operation);  // how many; it also makes room for what they leave to later phases
+    long (*tasks)(const void *operation);  // the number of tasks; also allocates the buffers that later phases read
     void (*run)(const void *operation, long task);
 };
 
@@ -53,8 +53,8 @@ template <class O, auto TASKS, auto RUN> static constexpr Phase phase() {
             [](const void *operation, long task) { (((const O *)operation)->*RUN)(task); }};
 }
 
-// What each begins with: x [rows, in], from which [rows, out] is made.
-struct Rows {
+// The first arguments of every operation: x [rows, in], from which y [rows, out] is computed.
+struct RowOp {
     const bf16 *x;
     long rows, in, out;
 
@@ -64,7 +64,7 @@ struct Rows {
 // A stored weight [out, in]; `in` is a multiple of 32. bits 16: bfloat16. 8: int8 times a float32 scale per output
 // channel. 4: two neighbours in a byte (even channel in the low nibble) times a scale plus a minimum, both bfloat16
 // [out, in / groupsize].
-struct Weight : Rows {
+struct Weight : RowOp {
     const uint8_t *data;
     const void *scale;
     const bf16 *minimum;
@@ -79,7 +79,7 @@ struct Weight : Rows {
 };
 
 // 32 channels of output channel n from channel k on, dequantized.
-static inline void decode(const Weight &w, long n, long k, float *values) {
+static inline void dequantize32(const Weight &w, long n, long k, float *values) {
     const uint8_t *p = w.row(n) + k * w.bits / 8;
     if (w.bits == 16) {
         for (int i = 0; i < 32; i++) values[i] = to_float(((const bf16 *)p)[i]);
@@ -104,7 +104,7 @@ static std::vector<float> group_sums;
 //
 // A 4-bit level becomes bfloat16 by a table look-up: vpermw takes the low 5 bits of each 16-bit word as index, and with
 // the 16 levels stored twice it ignores bit 4, so nothing has to be masked. With word w of a 64-byte block holding the
-// channels 4w to 4w + 3, look-up p (after a shift by 4p) gives the channels 4w + p: Product::prepare brings the
+// channels 4w to 4w + 3, look-up p (after a shift by 4p) gives the channels 4w + p: Linear::prepare brings the
 // activations into that order, once a call. Each float lane of a sum then covers 8 neighbouring channels, so a block's
 // scales are one vector of lanes.
 static inline __m512 int8_to_floats(__m128i x) {
@@ -151,12 +151,12 @@ template <int V, int M, int R> static void block(const Weight &w, long first, lo
         __m512bh q[R][V];
         __m512 scale[R];
         UNROLLED for (int r = 0; r < R; r++) {
-            if (V > 1 || M > 2) _mm_prefetch((const char *)p[r] + b + AHEAD, _MM_HINT_T0);
+            if (V > 1 || M > 2) _mm_prefetch((const char *)p[r] + b + PREFETCH_BYTES, _MM_HINT_T0);
             unpack<V>(_mm512_maskz_loadu_epi8(inside, p[r] + b), levels, q[r]);
             if constexpr (V == 4) {
                 const long g = (n + r) * groups + (2 * b >> shift);
-                _mm_prefetch((const char *)(w.group_scales() + g) + AHEAD / 8, _MM_HINT_T0);
-                _mm_prefetch((const char *)(w.minimum + g) + AHEAD / 8, _MM_HINT_T0);
+                _mm_prefetch((const char *)(w.group_scales() + g) + PREFETCH_BYTES / 8, _MM_HINT_T0);
+                _mm_prefetch((const char *)(w.minimum + g) + PREFETCH_BYTES / 8, _MM_HINT_T0);
                 const __m128i words = _mm_maskz_loadu_epi16(groups_inside, w.group_scales() + g);
                 scale[r] = (__m512)_mm512_maskz_permutexvar_epi16(0xAAAAAAAA, group, _mm512_castsi128_si512(words));
             }
@@ -208,7 +208,7 @@ static void multiply(const Weight &w, long first, long count, long n, long end) 
     for (; n < end; n++) {
         float sum[ROWS][32] = {}, weight[32];
         for (long k = 0; k < w.in; k += 32) {
-            decode(w, n, k, weight);
+            dequantize32(w, n, k, weight);
             for (long m = 0; m < count; m++) {
                 const bf16 *x = &activations[(first + m) * w.padded() + k];
                 UNROLLED for (int i = 0; i < 32; i++) sum[m][i] += weight[i] * to_float(x[i]);
@@ -224,7 +224,7 @@ static void multiply(const Weight &w, long first, long count, long n, long end) 
 #endif
 
 // y = x times the weight's transpose.
-struct Product : Weight {
+struct Linear : Weight {
     long begin() const {
         activations.resize(rows * padded());
         group_sums.resize(rows * groups());
@@ -250,7 +250,7 @@ struct Product : Weight {
 #endif
     }
 
-    long channels() const { return STRIP * std::max(1l, TASK * 8 / (STRIP * in * bits)); }  // of a task
+    long channels() const { return STRIP * std::max(1l, TASK_BYTES * 8 / (STRIP * in * bits)); }  // of a task
     long tasks() const { return (out + channels() - 1) / channels(); }
     void run(long task) const {
         // As many rows as registers hold beside the levels of two channels, and the first cache besides the weights.
@@ -262,16 +262,16 @@ struct Product : Weight {
     }
 };
 extern "C" const Phase linear[] = {
-    phase<Product, &Product::begin, &Product::prepare>(), phase<Product, &Product::tasks, &Product::run>(), {}};
+    phase<Linear, &Linear::begin, &Linear::prepare>(), phase<Linear, &Linear::tasks, &Linear::run>(), {}};
 
 // The weight itself: y [rows, in] in bfloat16 or, where `wide`, in float32. There is no x, and rows are output channels.
-struct Restoration : Weight {
+struct Dequantize : Weight {
     long wide;
 
     void run(long n) const {
         float values[32];
         for (long k = 0; k < in; k += 32) {
-            decode(*this, n, k, values);
+            dequantize32(*this, n, k, values);
             if (wide)
                 memcpy((float *)y + n * in + k, values, sizeof values);
             else
@@ -279,7 +279,7 @@ struct Restoration : Weight {
         }
     }
 };
-extern "C" const Phase dequantize[] = {phase<Restoration, &Restoration::each_row, &Restoration::run>(), {}};
+extern "C" const Phase dequantize[] = {phase<Dequantize, &Dequantize::each_row, &Dequantize::run>(), {}};
 
 // ---- Functions that the operations share.
 
@@ -322,17 +322,17 @@ static inline float logarithm(float x) {
     return n * 0.693359375f + (series - n * 2.12194440e-4f);
 }
 
-// A bijection of 32-bit integers: see kernels/sampling.py.
+// A bijection of 32-bit integers: see sampling.py.
 static inline uint32_t hash32(uint32_t x) {
     x = (x ^ (x >> 16)) * 0x7FEB352D;
     x = (x ^ (x >> 15)) * 0x846CA68B;
     return x ^ (x >> 16);
 }
 
-// ---- What stands between products. `other` is the embedding table, the other addend, or the weight of a norm.
-struct Between : Rows {
+// ---- Operations between products. `other` is the embedding table, the second addend, or the weight of a norm.
+struct Elementwise : RowOp {
     const bf16 *other;
-    long eps;  // in units of 1e-12
+    double eps;
     bf16 *y;
 
     // x: token ids, int64.
@@ -344,7 +344,7 @@ struct Between : Rows {
 
     void norm(long row) const {
         const bf16 *from = x + row * in;
-        const float factor = 1 / std::sqrt(dot(from, from, in) / in + eps * 1e-12f);
+        const float factor = 1 / std::sqrt(dot(from, from, in) / in + float(eps));
         for (long i = 0; i < in; i++) y[row * in + i] = to_bf16(to_float(from[i]) * factor * to_float(other[i]));
     }
 
@@ -358,37 +358,33 @@ struct Between : Rows {
         }
     }
 };
-extern "C" const Phase embedding[] = {phase<Between, &Between::each_row, &Between::embed>(), {}};
-extern "C" const Phase add[] = {phase<Between, &Between::each_row, &Between::sum>(), {}};
-extern "C" const Phase rms_norm[] = {phase<Between, &Between::each_row, &Between::norm>(), {}};
-extern "C" const Phase swiglu[] = {phase<Between, &Between::each_row, &Between::gate>(), {}};
+extern "C" const Phase embedding[] = {phase<Elementwise, &Elementwise::each_row, &Elementwise::embed>(), {}};
+extern "C" const Phase add[] = {phase<Elementwise, &Elementwise::each_row, &Elementwise::sum>(), {}};
+extern "C" const Phase rms_norm[] = {phase<Elementwise, &Elementwise::each_row, &Elementwise::norm>(), {}};
+extern "C" const Phase swiglu[] = {phase<Elementwise, &Elementwise::each_row, &Elementwise::gate>(), {}};
 
 // ---- Attention.
 
-// x: queries [n_head], keys and values [n_kv_head] of each row at the positions `input_pos`, which are consecutive; y
-// [n_head]; caches [n_kv_head, positions], which get the rows' keys and values; everything times head_dim. `frequencies`
-// are the radians by which the channels i and i + head_dim / 2 turn from one position to the next.
-struct Attention : Rows {
-    const float *frequencies;
+// x: queries [n_head], keys and values [n_kv_head] of each row, at the consecutive positions `input_pos`; y [n_head];
+// caches [n_kv_head, positions], to which the rows' keys and values are written; all of them times head_dim. `rope` has
+// cosines and sines [head_dim / 2] for each position.
+struct Attention : RowOp {
+    const float *rope;
     const int64_t *input_pos;
     long n_kv_head, positions, head_dim;
     bf16 *k_cache, *v_cache, *y;
 
-    static inline std::vector<bf16> queries;  // turned
+    static inline std::vector<bf16> queries;  // after RoPE
     long n_head() const { return out / head_dim; }
     long begin() const {
         queries.resize(rows * out);
         return rows;
     }
 
-    // RoPE of a row's queries and keys; the caches get its keys and values.
-    void rotate(long row) const {
+    // Apply RoPE to a row's queries and keys, and write its keys and values to the caches.
+    void update_cache(long row) const {
         const long half = head_dim / 2, position = input_pos[row];
-        float cos[MAX_HEAD_DIM / 2], sin[MAX_HEAD_DIM / 2];
-        for (long i = 0; i < half; i++) {
-            cos[i] = std::cos(position * frequencies[i]);
-            sin[i] = std::sin(position * frequencies[i]);
-        }
+        const float *cos = rope + position * head_dim, *sin = cos + half;
         const bf16 *from = x + row * in;
         for (long h = 0; h < n_head() + n_kv_head; h++, from += head_dim) {
             bf16 *key = k_cache + ((h - n_head()) * positions + position) * head_dim;
@@ -432,47 +428,51 @@ struct Attention : Rows {
         head_dim == 64 ? attend_to<64>(h) : head_dim == 128 ? attend_to<128>(h) : attend_to<0>(h);
     }
 };
-extern "C" const Phase attention[] = {phase<Attention, &Attention::begin, &Attention::rotate>(),
+extern "C" const Phase attention[] = {phase<Attention, &Attention::begin, &Attention::update_cache>(),
                                       phase<Attention, &Attention::each_kv_head, &Attention::attend>(), {}};
 
-// ---- Token ids y [rows, 1] from logits, as kernels/sampling.py has it.
-struct Sampler : Rows {
+// ---- Token ids y [rows, 1] from logits, as sampling.py has it.
+struct Sampler : RowOp {
+    long stride;  // elements from one row of x to the next, of which `in` are logits
     const int64_t *input_pos;
     const int32_t *seed;
-    const float *temperature, *top_p, *log_min_p;  // the last two may be missing
-    long top_k, vocab_size;
+    const float *temperature;
+    long top_k;
+    double top_p, min_p;
     int64_t *y;
 
-    // The largest scores stay, of equal ones the first: at most `most`, until they have `part` of all probability. The
-    // others become minus infinity.
-    void keep(std::vector<float> &scores, long most, float part) const {
-        static thread_local std::vector<std::pair<float, long>> heap;  // of equal scores the one with the larger -i comes first
-        heap.resize(vocab_size);
-        for (long i = 0; i < vocab_size; i++) heap[i] = {scores[i], -i};
+    // Keep the largest scores, of equal ones the first: at most `count`, until they have `probability` of all. The others
+    // become minus infinity.
+    void filter(std::vector<float> &scores, long count, double probability) const {
+        static thread_local std::vector<std::pair<float, long>> heap;  // of equal scores, the larger -i comes first
+        heap.resize(in);
+        for (long i = 0; i < in; i++) heap[i] = {scores[i], -i};
         std::make_heap(heap.begin(), heap.end());
         const float top = heap[0].first;
         double total = 0, sum = 0;
         for (float score : scores) total += exponential(score - top);
         auto rest = heap.end();
-        for (; rest > heap.begin() && heap.end() - rest < most && sum < part * total; sum += exponential(rest->first - top))
+        for (; rest > heap.begin() && heap.end() - rest < count && sum < probability * total; sum += exponential(rest->first - top))
             std::pop_heap(heap.begin(), rest--);
         while (rest > heap.begin()) scores[-(--rest)->second] = -INFINITY;
     }
 
     void run(long row) const {
         static thread_local std::vector<float> scores;
-        scores.resize(vocab_size);
-        float *score = scores.data(), *end = score + vocab_size;
-        for (long i = 0; i < vocab_size; i++) score[i] = to_float(x[row * in + i]);
+        scores.resize(in);
+        float *score = scores.data(), *end = score + in;
+        for (long i = 0; i < in; i++) score[i] = to_float(x[row * stride + i]);
         y[row] = -1;
         if (std::any_of(score, end, [](float each) { return std::isnan(each); })) return;
-        if (top_k < vocab_size) keep(scores, top_k, INFINITY);
-        if (top_p) keep(scores, vocab_size, *top_p);
-        const float least = log_min_p ? *std::max_element(score, end) + *log_min_p : -INFINITY;
-        std::replace_if(score, end, [&](float each) { return each < least; }, -INFINITY);
+        if (top_k < in) filter(scores, top_k, INFINITY);
+        if (top_p < 1) filter(scores, in, top_p);
+        if (min_p > 0) {
+            const float threshold = *std::max_element(score, end) + float(std::log(min_p));
+            std::replace_if(score, end, [&](float each) { return each < threshold; }, -INFINITY);
+        }
         const uint32_t key = hash32(hash32(hash32(*seed) + uint32_t(input_pos[row])));
         const float scale = *temperature;
-        for (long i = 0; i < vocab_size; i++) {
+        for (long i = 0; i < in; i++) {
             const int32_t bits = hash32(key ^ uint32_t(i) * 0x9E3779B9) & 0x7FFFFF;
             score[i] -= scale * logarithm(-logarithm((bits + 0.5f) * 0x1p-23f));
         }
@@ -489,11 +489,11 @@ struct Call {
     const void *operation;
 };
 
-static std::mutex alone;  // what phases leave to later ones is there once
+static std::mutex mutex;  // because the buffers between phases exist once
 
 // One call, on OpenMP's threads: PyTorch runs on them what comes before and after.
 extern "C" void execute(const Call *call) {
-    const std::lock_guard lock(alone);
+    const std::lock_guard lock(mutex);
     for (const Phase *phase = call->phases; phase->tasks; phase++) {
         const long tasks = phase->tasks(call->operation);
 #pragma omp parallel for schedule(static) if (tasks > 1)
@@ -524,7 +524,7 @@ static struct {
     }
 
     // Open the next phase of several tasks; those of one are not worth a wait, and run here.
-    void advance() {
+    void open_next_phase() {
         long tasks = 0;
         while (tasks <= 1 && call < end) {
             open = next++;
@@ -544,13 +544,13 @@ static struct {
     }
 
     // What thread t does: thread 0 until the program has ended, the others for ever.
-    void work(long t) {
+    void worker_loop(long t) {
         // The turn first: `finished` is set before the turn changes, so whoever misses it does not sleep through it.
         for (uint32_t seen = turn; t > 0 || !finished; seen = turn) {
             long task, done = 0;
             for (long i = 0; i < threads && t < threads; i++)
                 for (; (task = claim(shares[(t + i) % threads].word, i == 0)) >= 0; done++) open->run(operation, task);
-            if (done > 0 && left.fetch_sub(done) == done) advance();
+            if (done > 0 && left.fetch_sub(done) == done) open_next_phase();
             for (long i = 0; i < SPINS && done == 0 && turn == seen; i++) {}
             if (done == 0) turn.wait(seen);
         }
@@ -559,9 +559,9 @@ static struct {
 
 extern "C" void replay(const Call *calls, long count, long threads) {
     static long workers = 0;
-    const std::lock_guard lock(alone);
+    const std::lock_guard lock(mutex);
     pool.threads = std::min(threads, MAX_THREADS);
-    const auto work = [](void *t) -> void * { return pool.work(long(t)), nullptr; };
+    const auto work = [](void *t) -> void * { return pool.worker_loop(long(t)), nullptr; };
     for (pthread_t thread; workers < pool.threads - 1; workers++) {
         if (pthread_create(&thread, nullptr, work, (void *)(workers + 1)) != 0) break;  // the others do its share
         pthread_detach(thread);
@@ -569,6 +569,6 @@ extern "C" void replay(const Call *calls, long count, long threads) {
     pool.call = calls;
     pool.end = calls + count;
     pool.next = calls->phases;
-    pool.advance();
-    pool.work(0);
+    pool.open_next_phase();
+    pool.worker_loop(0);
 }

@@ -1,153 +1,195 @@
-"""Loads cpu.cpp as build.sh builds it, and calls its operations on tensors, through ctypes.
+"""Operators on a CPU: calls of cpu.cpp through ctypes, where it takes them, and the captured step.
 
-A step of few rows in bfloat16 is a `Program`: recorded while it runs once, and repeated without Python from then on.
+cpu.cpp takes few rows in bfloat16. Everything else is the reference implementation in model.py.
 """
 
 import ctypes
-import os
-import subprocess
+import struct
 import sys
-import tempfile
 from collections.abc import Callable
-from contextlib import suppress
-from functools import cache
-from pathlib import Path
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import model
+import sampling
+from kernels.build import load_library
+
 aten = torch.ops.aten
-BUILD = Path(__file__).with_name("build.sh")
-FLAGS: list[str] = []  # of the compiler, beside those of build.sh
-MAX_ROWS = 16  # beyond, a library product is faster
-MAX_HEAD_DIM = 1024  # cpu.cpp has room for no more
+MAX_ROWS = 16  # for more rows, a library product is faster
+MAX_HEAD_DIM = 1024  # cpu.cpp has buffers for no more
 BITS = {torch.bfloat16: 16, torch.int8: 8, torch.uint8: 4}
 GROUPSIZES = (0, 32, 64, 128, 256)  # 0: no groups
+DEQUANT_BUFFER = torch.empty(2**22)  # for a part of a dequantized weight, because fresh memory is slow
 
 
-def quota(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
-    """CPUs that the container's quota allows; infinity without one. cgroup v2 has one file, v1 has two."""
-    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
-        if all((cgroup / file).exists() for file in files):
-            allowed, period = " ".join((cgroup / file).read_text() for file in files).split()
-            return float("inf") if allowed in ("max", "-1") else int(allowed) / int(period)
-    return float("inf")
+def has_cpu_kernel(x: Tensor | float) -> bool:
+    """True if cpu.cpp has kernels for x [..., channels]: bfloat16, contiguous, at most MAX_ROWS rows."""
+    known = isinstance(x, Tensor) and x.is_cpu and x.dtype == torch.bfloat16
+    return known and x.is_contiguous() and x.numel() <= MAX_ROWS * x.shape[-1] and load_library() is not None
 
 
-def cores() -> int:
-    """Threads to use: physical cores that affinity and quota leave us, shared out among torchrun's local ranks.
-
-    A product that waits for memory gains nothing from hyperthreads. OMP_NUM_THREADS holds, but
-    not under torchrun, which sets it.
-    """
-    if "OMP_NUM_THREADS" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ:
-        return torch.get_num_threads()
-    siblings = [Path(f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list") for n in os.sched_getaffinity(0)]
-    physical = {path.read_text() if path.exists() else str(path) for path in siblings}
-    return max(1, int(min(len(physical), quota())) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+def word(argument: Tensor | float | None) -> int:
+    """An argument as cpu.cpp reads it: 8 bytes, which are an address, an integer or a double."""
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    if isinstance(argument, float):
+        return int.from_bytes(struct.pack("<d", argument), "little", signed=True)
+    return argument or 0
 
 
-@cache
-def library() -> ctypes.CDLL | None:
-    """The kernels as build.sh makes them; None without them, with a line on stderr that says why."""
-    with tempfile.TemporaryDirectory() as scratch:
-        for again in ([], ["--again"]):  # what was kept may be damaged, need other libraries, or lie where nothing runs
-            made = subprocess.run(["bash", str(BUILD), scratch, *again, *FLAGS], capture_output=True, text=True)
-            sys.stderr.write(made.stderr)
-            if made.returncode != 0:
-                return None
-            with suppress(OSError):
-                return ctypes.CDLL(made.stdout.strip())
-    print("no CPU kernels, so decoding is several times slower: they do not load", file=sys.stderr)
-    return None
+def call(operation: str, *arguments: Tensor | float | None) -> tuple:
+    """Run an operation of cpu.cpp: a pair of addresses, as `replay` takes it, and the words at the second."""
+    words = (ctypes.c_int64 * len(arguments))(*map(word, arguments))
+    phases = ctypes.c_char.in_dll(load_library(), operation)
+    pair = (ctypes.c_void_p * 2)(ctypes.addressof(phases), ctypes.addressof(words))
+    load_library().execute(pair)
+    return pair, words
 
 
-def takes_rows(x: Tensor | float) -> bool:
-    """Whether cpu.cpp does what a step does with x [..., channels] beside products: up to MAX_ROWS in bfloat16."""
-    # The compiler is asked first: a compiled step is not to depend on the number of rows.
-    known = not torch.compiler.is_compiling() and isinstance(x, Tensor) and x.is_cpu and x.dtype == torch.bfloat16
-    return known and x.is_contiguous() and x.numel() <= MAX_ROWS * x.shape[-1] and library() is not None
-
-
-def execute(operation: str, *arguments: Tensor | int | None) -> tuple:
-    """Run an operation of cpu.cpp: the call, a pair of addresses, and the words that lie at the second."""
-    numbers = [each.data_ptr() if isinstance(each, Tensor) else each or 0 for each in arguments]
-    words = (ctypes.c_int64 * len(numbers))(*numbers)
-    phases = ctypes.c_char.in_dll(library(), operation)
-    call = (ctypes.c_void_p * 2)(ctypes.addressof(phases), ctypes.addressof(words))
-    library().execute(call)
-    return call, words
-
-
-def compute(operation: str, x: Tensor, n_out: int, *others: Tensor | int | None, dtype=torch.bfloat16) -> Tensor:
-    """Run an operation on x [..., n_in]: [..., n_out]. `others` are the arguments that not every operation has."""
+def run_op(operation: str, x: Tensor, n_out: int, *others: Tensor | float | None, dtype=torch.bfloat16) -> Tensor:
+    """Run an operation on rows x [..., n_in]: [..., n_out]. `others` are its arguments between n_out and the result."""
     shape = (*x.shape[:-1], n_out)
-    y = Program.recording[0].buffer(shape, dtype) if Program.recording else torch.empty(shape, dtype=dtype)
-    call, words = execute(operation, x, x.numel() // x.shape[-1], x.shape[-1], n_out, *others, y)
-    for program in Program.recording:
-        program.calls += call
-        program.kept.append(words)
+    graph = CpuGraph.capturing[0] if CpuGraph.capturing else None
+    y = graph.buffer(shape, dtype) if graph else torch.empty(shape, dtype=dtype)
+    rows = x.numel() // x.shape[-1]
+    pair, words = call(operation, x, rows, x.shape[-1], n_out, *others, y)
+    if graph:
+        graph.calls += pair
+        graph.keep_alive.append((words, others))
     return y
 
 
-class Program(TorchDispatchMode):
-    """The operations of a step, recorded while it runs once.
+def kernel_fits(x: Tensor, weight: Tensor, groupsize: int) -> bool:
+    """True if cpu.cpp has kernels for a weight stored like this, and for the dtype of x."""
+    n_in = x.shape[-1]
+    is_stored = weight.dtype in BITS and weight.is_contiguous() and groupsize in GROUPSIZES and n_in % 32 == 0
+    return is_stored and x.dtype in (torch.bfloat16, torch.float32) and load_library() is not None
 
-    If nothing but operations of cpu.cpp has computed, it is `complete`: the same calls can be repeated on the same
-    addresses. Results of the first time are kept for that, and new inputs are copied over the first ones.
+
+def linear(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None) -> Tensor:
+    """torch.ops.llama.linear."""
+    n_in, n_out = x.shape[-1], len(weight)
+    groupsize = 0 if minimum is None else n_in // minimum.shape[1]
+    if not kernel_fits(x, weight, groupsize):
+        return model.linear(x, weight, scale, minimum)
+    # The library reads a float weight faster from here on; a quantized one would have to be dequantized first.
+    max_rows = MAX_ROWS if scale is None else 4 * MAX_ROWS
+    if x.dtype == torch.bfloat16 and x.numel() <= max_rows * n_in:
+        return run_op("linear", x, n_out, weight, scale, minimum, BITS[weight.dtype], groupsize)
+    if scale is None:
+        return F.linear(x, weight.to(x.dtype))
+    return linear_in_parts(x, weight, scale, minimum, groupsize)
+
+
+def linear_in_parts(x: Tensor, weight: Tensor, scale: Tensor, minimum: Tensor | None, groupsize: int) -> Tensor:
+    """A library product for each part of a weight, dequantized into a buffer that stays in the cache."""
+    n_in, n_out = x.shape[-1], len(weight)
+    y = x.new_empty(*x.shape[:-1], n_out)
+    count = max(1, len(DEQUANT_BUFFER) // n_in)  # output channels
+    is_float32 = x.dtype == torch.float32
+    for start in range(0, n_out, count):
+        channels = slice(start, start + count)
+        part = [None if tensor is None else tensor[channels] for tensor in (weight, scale, minimum)]
+        buffer = DEQUANT_BUFFER.view(x.dtype)[: len(part[0]) * n_in].view(-1, n_in)
+        call("dequantize", None, *buffer.shape, 0, *part, BITS[weight.dtype], groupsize, buffer, is_float32)
+        y[..., channels] = F.linear(x, buffer)
+    return y
+
+
+def attention(qkv: Tensor, rope: Tensor, input_pos: Tensor, cache: Tensor) -> Tensor:
+    """torch.ops.llama.attention."""
+    _, batch, n_kv_head, positions, head_dim = cache.shape
+    is_supported = batch == 1 and cache.dtype == qkv.dtype and cache.is_contiguous() and head_dim <= MAX_HEAD_DIM
+    if not is_supported or not has_cpu_kernel(qkv):
+        return model.attention(qkv, rope, input_pos, cache)
+    n_out = qkv.shape[-1] - 2 * n_kv_head * head_dim
+    return run_op("attention", qkv, n_out, rope, input_pos, n_kv_head, positions, head_dim, cache[0], cache[1])
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """torch.ops.llama.rms_norm."""
+    if not has_cpu_kernel(x):
+        return model.rms_norm(x, weight, eps)
+    return run_op("rms_norm", x, x.shape[-1], weight, eps)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """torch.ops.llama.swiglu."""
+    if not has_cpu_kernel(x):
+        return model.swiglu(x)
+    return run_op("swiglu", x, x.shape[-1] // 2, None, 0.0)
+
+
+def sample(logits: Tensor, input_pos: Tensor, seed: Tensor, temperature: Tensor, *limits: float) -> Tensor:
+    """torch.ops.llama.sample."""
+    if not (logits.dtype == torch.bfloat16 and len(logits) <= MAX_ROWS and load_library()):
+        return sampling.sample_reference(logits, input_pos, seed, temperature, *limits)
+    others = logits.stride(0), input_pos, seed, temperature, *limits
+    return run_op("sample", logits, 1, *others, dtype=torch.int64)[:, 0]
+
+
+class CpuGraph(TorchDispatchMode):
+    """The calls of a step, captured while it runs once, and replayed by one call of cpu.cpp.
+
+    A step is `replayable` if nothing but cpu.cpp computes in it. Its results keep their addresses, and new inputs are
+    copied to the addresses of the first ones.
     """
 
-    VIEWS = (aten.slice.Tensor, aten.select.int, aten.unbind.int, aten.empty.memory_format)  # these compute nothing
-    recording: ClassVar[list["Program"]] = []  # at most one
+    NO_COMPUTE = (aten.slice.Tensor, aten.select.int, aten.unbind.int, aten.alias.default, aten.empty.memory_format)
+    capturing: ClassVar[list["CpuGraph"]] = []  # at most one
 
     def run_operator(self, operator, types: list, args: tuple = (), kwargs: dict | None = None) -> object:
-        """Run an operator of PyTorch, two of them by cpu.cpp with equal bits; note one that cannot be repeated."""
+        """Run an operator of PyTorch, two of them by cpu.cpp with the same bits; notice one that cannot be replayed."""
         x, *others = args
-        if operator == aten.embedding.default and takes_rows(x[:1]) and x.is_contiguous():
-            return compute("embedding", others[0][..., None], x.shape[1], x, 0)
-        if operator == aten.add.Tensor and all(map(takes_rows, args)) and x.shape == others[0].shape and not kwargs:
-            return compute("add", x, x.shape[-1], *others, 0)
+        if operator == aten.embedding.default and has_cpu_kernel(x[:1]) and x.is_contiguous():
+            return run_op("embedding", others[0][..., None], x.shape[1], x, 0.0)
+        if operator == aten.add.Tensor and all(map(has_cpu_kernel, args)) and x.shape == others[0].shape and not kwargs:
+            return run_op("add", x, x.shape[-1], *others, 0.0)
         count = len(self.calls)
         result = operator(*args, **(kwargs or {}))
-        if operator in self.VIEWS:
-            self.kept.append(args)  # somebody has its memory, though not the tensor itself
+        if operator in self.NO_COMPUTE:
+            self.keep_alive.append(args)  # a view needs the memory, although the tensor itself is gone
         elif len(self.calls) == count:
-            self.complete = False
+            self.replayable = False
         return result
 
     def buffer(self, shape: tuple, dtype: torch.dtype) -> Tensor:
-        """Memory for a result: that of an earlier one that nobody has any more, or new."""
+        """Memory for a result: a buffer that is no longer referenced, or a new one."""
         counts = [sys.getrefcount(y) for y in self.buffers]
         for y, count in zip(self.buffers, counts, strict=True):
-            if count == counts[0] and y.shape == shape and y.dtype == dtype:  # nobody gets the first, which is empty
+            # buffers[0] is never handed out, so its count is that of a free one.
+            if count == counts[0] and y.shape == shape and y.dtype == dtype:
                 return y
         self.buffers.append(torch.empty(shape, dtype=dtype))
         return self.buffers[-1]
 
-    def record(self, step: Callable[..., Tensor], inputs: Tensor, given: tuple) -> Tensor:
-        """Run a `step` (model, inputs, ...), of which the others are `given`, and note its calls: the samples."""
-        self.given = given
+    def capture(self, step: Callable[..., Tensor], inputs: Tensor, args: tuple) -> Tensor:
+        """Run `step` (model, inputs, ...), in which `args` are the others, and note its calls: its result."""
+        self.captured_args = args
         self.calls = []
-        self.kept = [inputs]
+        self.keep_alive = [inputs]
         self.buffers = [torch.empty(0)]
-        self.complete = True
-        self.recording.append(self)
+        self.replayable = True
+        self.capturing.append(self)
         try:
             with self:
-                self.samples = step(given[0], inputs, *given[1:])
+                self.samples = step(args[0], inputs, *args[1:])
         finally:
-            self.recording.pop()
+            self.capturing.pop()
         self.calls = (ctypes.c_void_p * len(self.calls))(*self.calls)
         return self.samples
 
     def replay(self, inputs: Tensor) -> Tensor:
-        """Repeat the calls: the samples, which hold until the next time."""
-        self.kept[0].copy_(inputs)
-        library().replay(self.calls, ctypes.c_long(len(self.calls) // 2), ctypes.c_long(torch.get_num_threads()))
+        """Replay the calls with new inputs: the result, which the next replay overwrites."""
+        self.keep_alive[0].copy_(inputs)
+        threads = ctypes.c_long(torch.get_num_threads())
+        load_library().replay(self.calls, ctypes.c_long(len(self.calls) // 2), threads)
         return self.samples
 
 
-# Not in the class: there torch would wrap it in its compiler, which takes a second to import.
-Program.__torch_dispatch__ = Program.run_operator
+# Not a method of that name, because torch would wrap it in its compiler, which takes a second to import.
+CpuGraph.__torch_dispatch__ = CpuGraph.run_operator

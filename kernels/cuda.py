@@ -15,8 +15,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr
 
-from kernels.cpu import Program
-
 TILE = constexpr(8)  # rows of a product on tensor cores: the fewest that they take
 WORDS = constexpr(128)  # words of 8 weights in 4 bits that are multiplied at once
 SIXTEEN = 0x41800000  # the bits of 16.0 in float32
@@ -285,29 +283,30 @@ def attention(qkv: Tensor, frequencies: Tensor, input_pos: Tensor, cache: Tensor
 pool = cache(torch.cuda.graph_pool_handle)  # graphs run one after the other, so they share their memory
 
 
-class Graph(Program):
-    """The same on CUDA, by one graph. https://docs.nvidia.com/cuda, "CUDA Graphs" """
+class CudaGraph:
+    """A step as one CUDA graph. https://docs.nvidia.com/cuda, "CUDA Graphs" """
 
-    def record(self, step: Callable[..., Tensor], inputs: Tensor, given: tuple) -> Tensor:
-        """Run the step, in which what is to be compiled is compiled, and capture it."""
-        self.given = given
-        self.inputs = inputs.to(given[0].norm.weight.device)
-        samples = step(given[0], self.inputs, *given[1:])
+    def capture(self, step: Callable[..., Tensor], inputs: Tensor, args: tuple) -> Tensor:
+        """Run `step` (model, inputs, ...), which compiles its kernels, then capture it: the result of the run."""
+        self.captured_args = args
+        self.rope = args[0].rope  # kept alive, because the model may replace it by a larger one
+        self.inputs = inputs.to(args[0].norm.weight.device)
+        samples = step(args[0], self.inputs, *args[1:])
         self.graph = torch.cuda.CUDAGraph()
-        self.complete = True
+        self.replayable = True
         try:
             with torch.cuda.graph(self.graph, pool=pool()):
-                self.samples = step(given[0], self.inputs, *given[1:])
+                self.samples = step(args[0], self.inputs, *args[1:])
         except RuntimeError as error:  # a collective of an older NCCL, for example
             cause = str(error.__context__ or error).partition("\n")[0]
             print(f"a step cannot be captured, so decoding is slower: {cause}", file=sys.stderr)
-            self.complete = False
-            pool.cache_clear()  # to this one a broken capture may still be recorded
-            torch.cuda.set_stream(torch.cuda.default_stream())  # and its own stream be the current one
+            self.replayable = False
+            pool.cache_clear()  # because a broken capture may still use this pool
+            torch.cuda.set_stream(torch.cuda.default_stream())  # because its own stream may still be the current one
         return samples
 
     def replay(self, inputs: Tensor) -> Tensor:
-        """Launch the graph: the samples, which hold until the next time."""
-        self.inputs.copy_(inputs, non_blocking=True)  # from the host's memory that is the one copy of a pass
+        """Launch the graph with new inputs: the result, which the next replay overwrites."""
+        self.inputs.copy_(inputs, non_blocking=True)  # the only copy of a pass
         self.graph.replay()
         return self.samples

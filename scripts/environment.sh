@@ -1,7 +1,7 @@
 # Sourced by demo.sh and test.sh: the virtual environment with the requirements of the files named in "$@".
 # The one that is active, or else .venv. What is finished is marked by a file, so the same command recovers from any
 # interruption, and nothing is asked of pip where nothing is to be done.
-unset CDPATH PYTHONSAFEPATH
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -z "${VIRTUAL_ENV:-}" ]; then
     if [ ! -f .venv/.made ] && ! .venv/bin/python -m pip --version > /dev/null 2>&1; then

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Download a Hugging Face repository (or take a local directory in its layout) and convert it to model.pth in it.
 #   ./scripts/prepare.sh REPO_OR_DIRECTORY [--precision float32]
-# Files that are whole are not downloaded again, and weights are downloaded in one format.
+# Whole files are not downloaded again, and weights are downloaded in one format.
 set -euo pipefail
-unset CDPATH PYTHONSAFEPATH
+unset CDPATH
 if [ $# -eq 0 ] || [ "$1" = --help ] || [ "$1" = -h ]; then
     echo "usage: ./scripts/prepare.sh REPO_OR_DIRECTORY [--precision float32], for example JackFram/llama-68m" >&2
     [ $# -gt 0 ] || exit 2

@@ -1,7 +1,8 @@
-"""What several test modules need: the bundled demo checkpoints, random Llamas, engines, command lines."""
+"""Fixtures and helpers of several test modules: the bundled demo checkpoints, random Llamas, engines, command lines."""
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Container
@@ -14,18 +15,19 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # the kernels of CUDA run on a CPU; Triton reads it when it is imported
 
 from checkpoint import empty_model, load_model, read_checkpoint
-from generate import Engine, generate, step
-from kernels import cpu
-from kernels.sampling import Sampling
+from generate import MAX_DECODE_ROWS, Engine, generate, step
 from model import ModelArgs, Transformer
 from quantize import quantize
+from sampling import SamplingParams
 from scripts.convert_hf_checkpoint import convert
+from scripts.convert_tokenizer import sentencepiece_tokenizer
 from speculation import Speculation
-from tokenizer import of_sentencepiece, text_decoder
+from tokenizer import utf8_decoder
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # utils.py gives Ctrl-C to the system until a script runs
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "tests" / "demo"
-TOKENIZER = of_sentencepiece((DEMO / "target" / "tokenizer.model").read_bytes())
+TOKENIZER = sentencepiece_tokenizer((DEMO / "target" / "tokenizer.model").read_bytes())
 SCHEMES = {"int8": {"mode": "int8"}, "int4": {"mode": "int4", "groupsize": 32}}
 
 
@@ -93,46 +95,47 @@ def random_model(args: ModelArgs, spread: float = 0.3) -> Transformer:
     return model
 
 
-def make_sampling(
+def make_params(
     seed: int = 1,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
     vocab_size: int | None = None,
-) -> Sampling:
-    return Sampling.on("cpu", seed, temperature, top_p, min_p, top_k=top_k, vocab_size=vocab_size)
+) -> SamplingParams:
+    limits = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "vocab_size": vocab_size}
+    return SamplingParams.create("cpu", seed, temperature, **limits)
 
 
 def new_engine(model: Transformer, positions: int | None = None) -> Engine:
-    return Engine(model, model.make_cache(positions or model.args.max_seq_length))
+    return Engine(model, positions or model.args.max_seq_length)
 
 
 class Eager(Engine):
-    """An engine that runs each pass as it is: nothing is recorded."""
+    """An engine that runs each pass as it is: nothing is captured."""
 
     @torch.inference_mode()
-    def launch(self, inputs: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-        return step(self.model, inputs, self.cache, sampling, inputs.shape[1] > cpu.MAX_ROWS)
+    def start_pass(self, inputs: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+        is_long = inputs.shape[1] > MAX_DECODE_ROWS
+        return step(self.model, inputs.to(self.kv_cache.device), self.kv_cache, params, is_long)
 
 
 def decoded(ids: list[int]) -> str:
     """The text of `ids` as it is streamed, put together."""
-    decode = text_decoder().decode
-    return "".join(decode(TOKENIZER.bytes_of(token)) for token in ids) + decode(b"", True)
+    decode = utf8_decoder().decode
+    return "".join(decode(TOKENIZER.token_bytes(token)) for token in ids) + decode(b"", True)
 
 
 def generated(
     engine: Engine,
     prompt: list[int],
     count: int,
-    sampling: Sampling,
-    ends: Container[int] = (),
+    params: SamplingParams,
+    eos_ids: Container[int] = (),
     speculation: Speculation | None = None,
 ) -> list[int]:
-    """The ids that `generate` yields, after what the engine holds of the prompt."""
-    engine.rewind(prompt)
-    return list(generate(engine, prompt, count, ends, sampling, speculation))
+    """The ids that `generate` yields."""
+    return list(generate(engine, prompt, count, eos_ids, params, speculation))
 
 
 def run_cli(*words: object, check: bool = True, **environment: str) -> subprocess.CompletedProcess:

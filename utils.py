@@ -1,0 +1,153 @@
+"""What every script needs: errors in one line, progress, arguments, files that are written whole.
+
+It knows nothing of models. Scripts import it before torch: it silences a warning, and Ctrl-C ends that import cleanly.
+"""
+
+import argparse
+import errno
+import math
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+STALE_SECONDS = 24 * 3600  # the age of a temporary file that no running process writes any more
+warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch warns when it is imported; we do not use NumPy
+progress = partial(tqdm, leave=False, disable=None)  # a bar on stderr if that is a terminal
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as nohup does
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `run`: an interrupted import of torch is a long traceback
+
+
+def exit_status(main: Callable[[], None], errors: object = None, cause: str = "") -> int:
+    """Call `main` and return the exit status.
+
+    An error that a user can cause is printed as one line on `errors` (stderr), with status 1; 130 after Ctrl-C. A
+    RuntimeError is a fault of ours and keeps its traceback, unless memory ran out or `cause` explains it.
+    """
+    warnings.simplefilter("ignore")
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the parent process
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
+    try:
+        main()
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        message = " ".join(str(error).split())
+        if isinstance(error, MemoryError) or "allocate memory" in message or "out of memory" in message:
+            message = "there is not enough memory for this model and its context: quantize it, or use a smaller one"
+        elif isinstance(error, RuntimeError):
+            if not cause and "CUDA" not in message:
+                raise
+            message = f"{cause or 'the GPU or its driver failed, or is busy'}: {message[:300]}"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise the interpreter complains about stdout at its end
+        print(message, file=errors or sys.stderr)
+        return 1
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call `main` and end the process with `exit_status`.
+
+    SIGTERM and SIGHUP raise SystemExit(128 + number), so that temporary files are deleted.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # a signal that nohup ignores stays ignored
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    sys.exit(exit_status(main))
+
+
+def number_between(low: float, high: float = math.inf, kind: type = int) -> Callable[[str], float]:
+    """An argparse type: an int or float (`kind`) between `low` and `high`."""
+
+    def parse(text: str) -> float:
+        with suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text}: must be from {low} to {high} ({kind.__name__})")
+
+    return parse
+
+
+@contextmanager
+def reading(name: Path | str, advice: str) -> Iterator[None]:
+    """Turn any exception of a library that reads a bad file into one ValueError: the file, the reason, what to do.
+
+    Our own ValueErrors already say what to do.
+    """
+    try:
+        yield
+    except (MemoryError, PermissionError):  # these name their cause, and `advice` would not help
+        raise
+    except Exception as error:  # damaged files make parsers raise anything
+        if type(error) is ValueError:
+            if str(error).startswith(str(name)):
+                raise
+            raise ValueError(f"{name}: {error}") from error
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise ValueError(f"{name}: {reason.split('. ')[0][:200]}; {advice}") from error
+
+
+def decode_text(data: bytes, name: str) -> str:
+    r"""UTF-8 to text, without a byte order mark and with "\n" for "\r\n". ValueError if `data` is not UTF-8."""
+    with reading(name, "give some text in UTF-8"):
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+
+
+def read_text(argument: str, name: str, literal: bool = False) -> str:
+    """The text that `argument` of the flag `name` means: "-" is standard input, "@FILE" a file, else the text itself.
+
+    A `literal` one is always itself. The line end of the last line of standard input or of a file is dropped.
+    ValueError if there is no text.
+    """
+    if literal:
+        with reading(name, "give some text in UTF-8"):
+            text = os.fsencode(argument).decode()
+    elif argument == "-":
+        text = decode_text(sys.stdin.buffer.read(), name).removesuffix("\n")
+    elif argument.startswith("@"):
+        with reading(f"{name} {argument}", 'name a file after the @, or give text that begins with @ through "-"'):
+            data = Path(argument[1:]).read_bytes()
+        text = decode_text(data, f"{name} {argument}").removesuffix("\n")
+    else:
+        text = decode_text(os.fsencode(argument), name)
+    if not text:
+        raise ValueError(f"{name} is empty: give some text in UTF-8")
+    return text
+
+
+def delete_stale(folder: Path, pattern: str) -> None:
+    """Delete the temporary files in `folder` that a killed process left: they are older than a day."""
+    for path in folder.glob(pattern):
+        with suppress(OSError):  # another process was faster, or it is a folder
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                path.unlink()
+
+
+@contextmanager
+def atomic_write(path: Path, mode: int = 0o666) -> Iterator[Path]:
+    """Yield a temporary file beside `path`; after the block it replaces `path`, after an exception it is deleted.
+
+    A symbolic link stays a link: its target is replaced. OSError if the file cannot be created.
+    """
+    path = Path(os.path.realpath(path))
+    if path.is_symlink():  # a ring of links
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    # A random name, because containers that share a disk may share process ids.
+    temporary = path.with_name(f".{path.name}.{int.from_bytes(os.urandom(6), 'big')}.tmp")
+    try:
+        os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode))
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
