@@ -79,7 +79,7 @@ def chat(session, conversation: Conversation) -> None:
             if line == "/clear":
                 conversation.clear()
             elif line == "/stats":
-                print(session.statistics(), file=sys.stderr)
+                print(session.statistics, file=sys.stderr)
             elif line:
                 answer_line(session, conversation, line)
         except ValueError as error:
@@ -88,9 +88,10 @@ def chat(session, conversation: Conversation) -> None:
 
 def answer_line(session, conversation: Conversation, line: str) -> None:
     """Answer one line. An answer that fails or is empty leaves the conversation as it was."""
-    text = utils.decode_text(line.encode("utf-8", "surrogateescape"), "the line")
+    with utils.reading("the line", "give some text in UTF-8"):
+        text = utils.decode_text(line.encode("utf-8", "surrogateescape"))
     answer = session.answer(conversation.prompt(text))
     if answer:
         conversation.add(text, answer)
-    if session.stats[-1].finish_reason.startswith("context"):
-        print(f"the {session.stats[-1].finish_reason}: /clear starts anew", file=sys.stderr)
+    if session.finish_reason.startswith("context"):
+        print(f"the {session.finish_reason}: /clear starts anew", file=sys.stderr)

@@ -26,11 +26,6 @@ from tokenizer import Tokenizer
 
 GROUPSIZES = (32, 64, 128, 256)
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-RENAMED = {  # fields of checkpoints that were written before 2026-11-29
-    "rope_low": "rope_low_freq_factor",
-    "rope_high": "rope_high_freq_factor",
-    "rope_positions": "rope_original_max_position_embeddings",
-}
 
 
 @dataclass
@@ -74,7 +69,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
         header = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
         state_dict = header.pop("model")
-        args = ModelArgs(**{RENAMED.get(name, name): value for name, value in header["config"].items()})
+        args = ModelArgs(*header["config"].values())  # in this order, because earlier versions had other names
         expected = empty_model(args, header["quantization"], torch.bfloat16).state_dict()
         if shapes(state_dict) != shapes(expected) or "id" not in header:
             raise ValueError("its tensors are not those of its own config: convert or quantize it again")

@@ -10,9 +10,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable
 from contextlib import closing, nullcontext, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import utils
@@ -156,14 +155,7 @@ class Engine:
             self.start_pass(inputs, params)
 
 
-def generate(
-    engine: Engine,
-    prompt: list[int],
-    max_new_tokens: int,
-    eos_ids: Container[int],
-    params: SamplingParams,
-    speculation: Speculation | None = None,
-) -> Iterator[int]:
+def generate(engine: Engine, prompt: list[int], max_new_tokens: int, eos_ids, params: SamplingParams, speculation=None):
     """Yield the tokens that follow `prompt`, up to one of `eos_ids` (which is not yielded).
 
     Stops after max_new_tokens or when the context is full, with the token after its last position. At the end, keys and
@@ -193,19 +185,6 @@ def generate(
                 each.save(ids)
 
 
-@dataclass
-class Stats:
-    """Figures of one answer."""
-
-    prompt_tokens: int
-    cached_tokens: int = 0
-    answer_ids: list[int] = field(default_factory=list)
-    times: list[float] = field(
-        default_factory=list
-    )  # seconds from the start to each token; to the end, if there is none
-    finish_reason: str = "interrupted"
-
-
 class Session:
     """The loaded models and the settings of the command line: everything that an answer needs except its prompt.
 
@@ -213,33 +192,27 @@ class Session:
     """
 
     def __init__(self, args: argparse.Namespace, prefix_cache=None) -> None:
-        sys.stdout.reconfigure(encoding="utf-8")
-        torch.set_num_threads(tp.num_threads())
         start = time.perf_counter()
-        if not HAS_KERNELS:
-            print("there is no folder kernels/, so decoding is several times slower", file=sys.stderr)
         self.args = args
         self.prefix_cache = prefix_cache
         self.system = tp.from_rank(lambda: utils.read_text(args.system, "--system") if args.system else "")
-        self.stops = [utils.read_text(text, "--stop", literal=True) for text in args.stop]
-        self.engines = [self.load(args.checkpoint_path)]  # the model's, then the draft's
-        self.checkpoint = self.engines[0].checkpoint
-        self.tokenizer = self.checkpoint.tokenizer
-        draft = None
-        if args.draft_checkpoint_path:
-            draft = self.load(args.draft_checkpoint_path, is_draft=True)
-            if draft.checkpoint.tokenizer.bpe.vocab != self.tokenizer.bpe.vocab:
-                raise ValueError(f"{args.draft_checkpoint_path} has another vocabulary: choose a draft of the family")
-            self.engines.append(draft)
+        with utils.reading("--stop", "give some text in UTF-8"):
+            self.stops = [text.encode().decode() for text in args.stop]
+        self.engine = self.load(args.checkpoint_path)
+        self.tokenizer = self.engine.checkpoint.tokenizer
+        draft = self.load(args.draft_checkpoint_path, is_draft=True) if args.draft_checkpoint_path else None
+        if draft and draft.checkpoint.tokenizer.bpe.vocab != self.tokenizer.bpe.vocab:
+            raise ValueError(f"{args.draft_checkpoint_path} has another vocabulary: choose a draft of the family")
         lookup = PromptLookup() if args.prompt_lookup else None
         self.speculation = Speculation(draft, args.speculate_k, lookup) if draft or lookup else None
         limits = {"top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p}
         vocab_size = self.tokenizer.vocab_size
         self.params = SamplingParams.create(args.device, 0, args.temperature, vocab_size=vocab_size, **limits)
-        self.stats: list[Stats] = []
+        self.finish_reason = ""  # of the last answer
+        self.statistics = "no answer yet"  # of the last answer
         print(f"Load time: {time.perf_counter() - start:.3f} s", file=sys.stderr)
         if args.compile or args.compile_prefill:
-            self.compile()
+            self.compile([self.engine, draft] if draft else [self.engine])
 
     def load(self, path: Path, is_draft: bool = False) -> Engine:
         """An engine for the checkpoint at `path`."""
@@ -247,82 +220,66 @@ class Session:
         model = tp.load_sharded(checkpoint, self.args.device, getattr(torch, self.args.precision), is_draft)
         return Engine(model, checkpoint.args.max_seq_length, checkpoint, self.prefix_cache)
 
-    def compile(self) -> None:
+    def compile(self, engines: list[Engine]) -> None:
         """Compile the steps that gain from it. ValueError if there is no compiler."""
         start = time.perf_counter()
-        args = self.args
-        try:
-            for engine in self.engines:
-                # A CPU replays its steps instead. A compiled step runs one row as two, which costs too much in 4 bits.
-                bits, _ = bits_and_groupsize("wo", engine.checkpoint.header["quantization"])
-                compile_decode = args.compile and args.device == "cuda" and bits > 4
-                if compile_decode or args.compile_prefill:
-                    engine.compile(compile_decode, args.compile_prefill, self.params)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            raise ValueError(f"torch.compile: {str(error).splitlines()[0]}: do without --compile[_prefill]") from error
+        for engine in engines:
+            # A CPU replays its steps instead. A compiled step runs one row as two, which costs too much in 4 bits.
+            bits, _ = bits_and_groupsize("wo", engine.checkpoint.header["quantization"])
+            compile_decode = self.args.compile and self.args.device == "cuda" and bits > 4
+            with utils.reading("torch.compile", "do without --compile[_prefill]"):
+                engine.compile(compile_decode, self.args.compile_prefill, self.params)
         print(f"Compile time: {time.perf_counter() - start:.3f} s", file=sys.stderr)
 
     def conversation(self) -> Conversation:
         """A new conversation."""
         use_chat_template = self.tokenizer.chat_template is not None and not self.args.raw
-        return Conversation(self.tokenizer, self.checkpoint.args.max_seq_length, self.system, use_chat_template)
+        return Conversation(self.tokenizer, self.engine.max_seq_length, self.system, use_chat_template)
 
     def answer(self, prompt: list[int], i: int = 0) -> str:
-        """Print the text that follows `prompt` while it is generated, with seed + i: the text, as Tokenizer.decode has it.
+        """Print the text that follows `prompt` while it is generated, with seed + i. Return it as Tokenizer.decode does.
 
         In a conversation, Ctrl-C ends the answer.
         """
-        args, streamer, stats = self.args, TextStreamer(self.stops), Stats(len(prompt))
+        args, streamer = self.args, TextStreamer(self.stops)
+        ids, times = [], []  # seconds from the start to each token
         interruptible = args.interactive and tp.WORLD_SIZE == 1  # torchrun ends its ranks on Ctrl-C
         eos_ids = [] if args.ignore_eos else self.tokenizer.eos_ids
         self.params.seed.fill_((args.seed + i) % 2**31)
         if self.speculation:
             self.speculation.start()
         start = time.perf_counter()
-        tokens = generate(self.engines[0], prompt, args.max_new_tokens, eos_ids, self.params, self.speculation)
+        finish_reason = "interrupted"
+        tokens = generate(self.engine, prompt, args.max_new_tokens, eos_ids, self.params, self.speculation)
         with suppress(KeyboardInterrupt) if interruptible else nullcontext(), closing(tokens):
             for token in tokens:
-                stats.answer_ids.append(token)
-                stats.times.append(time.perf_counter() - start)
+                ids.append(token)
+                times.append(time.perf_counter() - start)
                 streamer.put(self.tokenizer.token_bytes(token))
                 if streamer.stop:
                     break
-            stats.finish_reason = self.finish_reason(stats, streamer.stop)
-        stats.cached_tokens = self.engines[0].num_cached
-        stats.times = stats.times or [time.perf_counter() - start]
-        self.stats.append(stats)
-        if streamer.stop:
-            return self.end_line(self.tokenizer.decode(stats.answer_ids, streamer.printed))
-        streamer.put(b"", final=True)
-        return self.end_line(self.tokenizer.decode(stats.answer_ids))
+            finish_reason = self.reason(len(prompt), len(ids), streamer.stop)
+        streamer.end("\n" if args.interactive or sys.stdout.isatty() else "")
+        self.finish_reason = finish_reason
+        self.statistics = self.describe(len(prompt), len(ids), times or [time.perf_counter() - start])
+        return self.tokenizer.decode(ids, streamer.printed)
 
-    def end_line(self, text: str) -> str:
-        """End the line of an answer on a terminal and in a conversation; `text`."""
-        if self.args.interactive or sys.stdout.isatty():
-            print(flush=True)
-        return text
-
-    def finish_reason(self, stats: Stats, stop: str) -> str:
-        """The reason why an answer ended: the stop text, a limit, or the end-of-sequence token."""
-        max_new_tokens, context = self.args.max_new_tokens, self.checkpoint.args.max_seq_length
+    def reason(self, prompt_tokens: int, new_tokens: int, stop: str) -> str:
+        """The reason why an answer ended: a stop text, a limit, or the end-of-sequence token."""
         if stop:
             return f"stop text {stop!r}"
-        if len(stats.answer_ids) == max_new_tokens:
-            return f"max_new_tokens {max_new_tokens}"
-        is_full = stats.prompt_tokens + len(stats.answer_ids) > context
-        return f"context of {context} tokens is full" if is_full else "end of sequence"
+        if new_tokens == self.args.max_new_tokens:
+            return f"max_new_tokens {new_tokens}"
+        context = self.engine.max_seq_length
+        return f"context of {context} tokens is full" if prompt_tokens + new_tokens > context else "end of sequence"
 
-    def statistics(self) -> str:
-        """The figures of the last answer, one `Name: figures` line each."""
-        if not self.stats:
-            return "no answer yet"
-        stats = self.stats[-1]
-        prompt_tokens, cached = stats.prompt_tokens, stats.cached_tokens
-        decoded = max(len(stats.answer_ids) - 1, 0)  # prefill samples the first token
-        first, last = stats.times[0], stats.times[-1]
-        seconds = max(last - first, 1e-9)
+    def describe(self, prompt_tokens: int, new_tokens: int, times: list[float]) -> str:
+        """The figures of an answer, one `Name: figures` line each. `times` are seconds to each of its tokens."""
+        cached = self.engine.num_cached
+        decoded = max(new_tokens - 1, 0)  # prefill samples the first token
+        seconds = max(times[-1] - times[0], 1e-9)
         passes = self.speculation.num_passes if self.speculation else decoded
-        state_dict = self.engines[0].model.state_dict()
+        state_dict = self.engine.model.state_dict()
         size = sum(weight.nbytes for name, weight in state_dict.items() if name != "tok_embeddings.weight")
         if self.args.device == "cuda":
             peak = f"{torch.cuda.max_memory_allocated() / 1e9:.3f} GB (CUDA)"
@@ -330,15 +287,17 @@ class Session:
             peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.3f} GB (RSS)"
         lines = [
             f"Prompt tokens: {prompt_tokens} (cached {cached} of {prompt_tokens})",
-            f"Time to first token: {first:.3f} s",
-            f"Prefill: {(prompt_tokens - cached) / first:.2f} tokens/s",
-            f"Decode: {decoded / seconds:.2f} tokens/s ({len(stats.answer_ids)} tokens in {last:.2f} s)",
+            f"Time to first token: {times[0]:.3f} s",
+            f"Prefill: {(prompt_tokens - cached) / times[0]:.2f} tokens/s",
+            f"Decode: {decoded / seconds:.2f} tokens/s ({new_tokens} tokens in {times[-1]:.2f} s)",
             f"Weights read: {passes * size / seconds / 1e9:.2f} GB/s",
+            f"Stopped: {self.finish_reason}",
+            f"Peak memory: {peak}",
         ]
         if self.speculation:
             drafted, accepted = self.speculation.num_drafted, min(self.speculation.num_accepted, decoded)
             lines.append(f"Guesses: {drafted} tried, {accepted} accepted, {decoded} tokens in {passes} passes")
-        return "\n".join([*lines, f"Stopped: {stats.finish_reason}", f"Peak memory: {peak}"])
+        return "\n".join(lines)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -377,8 +336,14 @@ def build_parser() -> argparse.ArgumentParser:
 def generate_all(args: argparse.Namespace, prefix_cache=None) -> Session:
     """Print num_samples answers to each prompt, with statistics, or hold a conversation."""
     tp.init(args.device)
+    torch.set_num_threads(tp.num_threads())
+    sys.stdout.reconfigure(encoding="utf-8")
+    if not HAS_KERNELS:
+        print("there is no folder kernels/, so decoding is several times slower", file=sys.stderr)
     if args.interactive and args.system == "-":
         raise ValueError("--system -: standard input is the conversation; give a text, or @FILE")
+    if "" in args.stop:
+        raise ValueError("--stop is empty: give some text in UTF-8")
     prompts = [] if args.interactive else args.prompt or ["Hello, my name is"]
     texts = tp.from_rank(lambda: [utils.read_text(text, "--prompt") for text in prompts])
     session = Session(args, prefix_cache)
@@ -386,10 +351,10 @@ def generate_all(args: argparse.Namespace, prefix_cache=None) -> Session:
         chat(session, session.conversation())
     for prompt in [session.conversation().prompt(text) for text in texts]:  # all are checked before the first answer
         for i in range(args.num_samples):
-            if session.stats:
+            if session.finish_reason:
                 print()
             session.answer(prompt, i)
-            print(session.statistics(), file=sys.stderr)
+            print(session.statistics, file=sys.stderr)
     return session
 
 

@@ -17,17 +17,16 @@ class SamplingParams:
     seed: Tensor  # int32 []
     temperature: Tensor  # float32 []; 0 is greedy
     top_k: int | None = None
-    top_p: float = 1.0
-    min_p: float = 0.0
+    top_p: float | None = None
+    min_p: float | None = None
     vocab_size: int | None = None  # ids from here on have no text, because embeddings are often padded
 
     @classmethod
     def create(cls, device: str, seed: int, temperature: float, **limits: float | None) -> "SamplingParams":
-        """SamplingParams on `device`, from numbers. A limit that is None keeps its default."""
-        given = {name: value for name, value in limits.items() if value is not None}
+        """SamplingParams on `device`, from numbers."""
         seed = torch.tensor(seed, dtype=torch.int32, device=device)
         temperature = torch.tensor(temperature, dtype=torch.float32, device=device)
-        return cls(seed, temperature, **given)
+        return cls(seed, temperature, **limits)
 
 
 def hash32(x: Tensor) -> Tensor:
@@ -100,4 +99,4 @@ def sample(logits: Tensor, input_pos: Tensor, params: SamplingParams) -> Tensor:
     logits = logits[:, : params.vocab_size]
     top_k = min(params.top_k or logits.shape[-1], logits.shape[-1])
     tensors = logits, input_pos, params.seed, params.temperature
-    return torch.ops.llama.sample(*tensors, top_k, params.top_p, params.min_p)
+    return torch.ops.llama.sample(*tensors, top_k, params.top_p or 1.0, params.min_p or 0.0)

@@ -61,13 +61,19 @@ class MovingAverage:
         self.value = 0.0
         self.last_pass = 0
 
-    def add(self, value: float, now: int, reset: bool = False) -> None:
-        """Add the value of pass `now`; with `reset`, drop the earlier ones."""
-        decay = 0.0 if reset else self.DECAY ** min(now - self.last_pass, self.MAX_DECAY_PASSES)
+    def add(self, value: float, now: int) -> None:
+        """Add the value of pass `now`."""
+        decay = self.DECAY ** min(now - self.last_pass, self.MAX_DECAY_PASSES)
         self.count += 1
         self.last_pass = now
         self.weight = decay * self.weight + 1
         self.value += (value - self.value) / self.weight
+
+    def add_seconds(self, seconds: float, now: int) -> None:
+        """Add a duration. Drop the first one, in which the step was captured; cut a pause of the machine to 3 times."""
+        if self.count == 1:
+            self.weight = 0.0
+        self.add(min(seconds, 3 * self.value) if self.count > 2 else seconds, now)
 
 
 class Speculation:
@@ -87,8 +93,6 @@ class Speculation:
         self.draft_seconds = MovingAverage()  # of one guess of the draft
         self.last_used: dict[str, int] = defaultdict(int)  # by source, the pass
         self.passes = 0
-        self.drafted: tuple[list[int], int] = ([], 0)  # the text that the draft saw last, and its length then
-        self.full: list[int] = []  # the text that is too long for the draft
         self.start()
 
     def start(self) -> None:
@@ -166,38 +170,30 @@ class Speculation:
         self.last_used[source] = self.passes
         for i in range(min(accepted + 1, k)):
             self.acceptance[source].add(float(i < accepted), self.passes)
-        average = self.pass_seconds[k]
-        if average.count > 2:  # a pause of the machine is not the cost of a pass
-            pass_seconds = min(pass_seconds, 3 * average.value)
-        average.add(pass_seconds, self.passes, reset=average.count == 1)
+        self.pass_seconds[k].add_seconds(pass_seconds, self.passes)
         if source == "draft":
-            seconds = draft_seconds / k
-            if self.draft_seconds.count > 2:
-                seconds = min(seconds, 3 * self.draft_seconds.value)
-            self.draft_seconds.add(seconds, self.passes, reset=self.draft_seconds.count == 1)
+            self.draft_seconds.add_seconds(draft_seconds / k, self.passes)
 
     def speculative_decode(self, engine, ids: list[int], max_new_tokens: int, params: SamplingParams) -> list[int]:
         """The tokens that follow `ids`, from one pass of an Engine: one, and one more for each accepted guess."""
         length, position = self.lookup.find(ids) if self.lookup else (0, 0)
-        sources = ["draft"] if self.draft and self.full is not ids else []
+        sources = ["draft"] if self.draft and len(ids) <= self.draft.max_seq_length else []
         if length > 0:
             sources.append(f"lookup {length}")
         # Rank 0 chooses, because the clocks of the ranks differ.
         source, k = tp.from_rank(lambda: self.choose(max_new_tokens - 1, sources))
         if source == "draft":
-            if self.drafted[0] is not ids or len(ids) - self.drafted[1] > self.speculate_k + 1:
-                self.draft.draft(ids, 1, params)  # it catches up before the clock starts
-            self.drafted = ids, len(ids)
+            self.draft.match_prefix(ids)
+            if len(ids) - len(self.draft.cached_ids) > self.speculate_k + 1:
+                self.draft.prefill(ids, params)  # it catches up before the clock starts
         start = time.perf_counter()
-        guesses = []
         if source == "draft":
             guesses = self.draft.draft(ids, k, params)
-            self.full = [] if guesses else ids
-        elif source != "none":
-            guesses = self.lookup.propose(position, k)
+        else:
+            guesses = self.lookup.propose(position, k) if k > 0 else []
         middle = time.perf_counter()
         samples = engine.forward([ids[-1], *guesses], params)
         accepted = len(os.path.commonprefix([guesses, samples]))
-        self.update(source if guesses else "none", len(guesses), accepted, middle - start, time.perf_counter() - middle)
+        self.update(source, len(guesses), accepted, middle - start, time.perf_counter() - middle)
         engine.truncate(len(ids) + accepted)
         return samples[: accepted + 1]

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from heapq import heapify, heappop, heappush
-from itertools import groupby, pairwise
+from heapq import heappop, heappush
+from itertools import groupby
 
 from utils import reading
 
@@ -28,15 +28,6 @@ PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 UNPRINTABLE = sorted(set(range(256)) - set(PRINTABLE))
 BYTE_TO_CHAR = {byte: byte for byte in PRINTABLE} | {byte: 256 + i for i, byte in enumerate(UNPRINTABLE)}
 CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
-RENAMED = {  # fields of checkpoints that were written before 2026-11-29
-    "added": "added_tokens",
-    "special": "special_tokens",
-    "bos": "bos_token",
-    "eos": "eos_token",
-    "begins": "add_bos_token",
-    "ends": "eos_ids",
-    "template": "chat_template",
-}
 
 
 class SentencePiece:
@@ -82,16 +73,15 @@ class ByteLevelBPE:
         parts = [character for character in word if character in self.ids]  # the library leaves out the others, too
         following = list(range(1, len(parts) + 1))
         preceding = list(range(-1, len(parts)))
-        pairs = enumerate(pairwise(parts))
-        heap = [(self.ranks[pair], i, pair) for i, pair in pairs if pair in self.ranks]
-        heapify(heap)
+        heap = []
 
         def push(i: int, j: int) -> None:
-            if i >= 0 and j < len(parts):
+            if i >= 0 and j < len(parts) and (parts[i], parts[j]) in self.ranks:
                 pair = parts[i], parts[j]
-                if pair in self.ranks:
-                    heappush(heap, (self.ranks[pair], i, pair))
+                heappush(heap, (self.ranks[pair], i, pair))
 
+        for i, j in enumerate(following):
+            push(i, j)
         while heap:
             _, i, pair = heappop(heap)
             j = following[i]
@@ -143,14 +133,13 @@ class Tokenizer:
 
     @classmethod
     def from_fields(cls, fields: dict) -> "Tokenizer":
-        """The tokenizer of a checkpoint's header, also in the names of earlier versions."""
-        fields = {RENAMED.get(name, name): value for name, value in fields.items()}
-        if "proto" in fields:
-            if fields.pop("splits") is not None:
-                raise ValueError("an earlier version wrote its tokenizer: convert it again with ./scripts/prepare.sh")
-            del fields["whole_words"]
-            fields["model"] = {"model_proto": fields.pop("proto")}
-        return cls(**fields)
+        """The tokenizer of a checkpoint's header. Earlier versions had other names, in the same order."""
+        if "proto" not in fields:
+            return cls(**fields)
+        proto, *others, patterns, _, legacy = fields.values()
+        if patterns is not None:
+            raise ValueError("an earlier version wrote its tokenizer: convert it again with ./scripts/prepare.sh")
+        return cls({"model_proto": proto}, *others, legacy)
 
     def __post_init__(self) -> None:
         self.is_sentencepiece = "model_proto" in self.model
@@ -213,15 +202,12 @@ class Tokenizer:
             return b"" if text in self.special_tokens else text.encode()
         return self.bpe.token_bytes(token) if token < len(self.bpe.vocab) else b""
 
-    def decode(self, ids: list[int], max_characters: int | None = None) -> str:
-        """The text of an answer, cut after some characters, and escaped: only its added tokens encode to tokens."""
+    def decode(self, ids: list[int], max_characters: int) -> str:
+        """The text of an answer up to some character, escaped, so that only its added tokens encode to tokens."""
         text = ""
-        length = 0
         for is_added, run in groupby(ids, self.added_ids.__contains__):
-            part = b"".join(map(self.token_bytes, run)).decode("utf-8", "replace each byte")
-            if max_characters is not None:
-                part = part[: max_characters - length]
-            length += len(part)
+            part = b"".join(map(self.token_bytes, run)).decode("utf-8", "replace each byte")[:max_characters]
+            max_characters -= len(part)
             text += part if is_added else self.escape(part)
         return text
 
@@ -241,13 +227,21 @@ class TextStreamer:
         self.printed = 0  # characters
         self.stop = ""  # the stop text that ended the answer
 
-    def put(self, data: bytes, final: bool = False) -> None:
-        """Add the bytes of a token; with `final`, print what was held back."""
-        self.pending += self.decode(data, final)
+    def put(self, data: bytes) -> None:
+        """Add the bytes of a token, and print what cannot become a stop text."""
+        self.pending += self.decode(data)
         found = [(self.pending.index(stop), stop) for stop in self.stops if stop in self.pending]
-        starts = [] if final else [stop[:n] for stop in self.stops for n in range(1, len(stop))]
+        starts = [stop[:n] for stop in self.stops for n in range(1, len(stop))]
         held_back = max((len(start) for start in starts if self.pending.endswith(start)), default=0)
         end, self.stop = min(found, default=(len(self.pending) - held_back, ""))
-        print(self.pending[:end], end="", flush=True)
-        self.printed += end
+        self.print(self.pending[:end])
         self.pending = "" if self.stop else self.pending[end:]
+
+    def print(self, text: str, end: str = "") -> None:
+        """Print and count the characters of `text`."""
+        print(text, end=end, flush=True)
+        self.printed += len(text)
+
+    def end(self, line_end: str) -> None:
+        """Print what was held back, and a line end."""
+        self.print(self.pending + self.decode(b"", final=not self.stop), line_end)

@@ -137,7 +137,7 @@ def load_sharded(checkpoint: Checkpoint, device: str, dtype: torch.dtype, is_dra
         return load_model(checkpoint, device, dtype)
     if indivisible:
         raise ValueError(
-            f"{checkpoint.path}: {indivisible[0]} is no multiple of {WORLD_SIZE} ranks: start another number"
+            f"{checkpoint.path}: {indivisible[0]} is no multiple of {WORLD_SIZE} ranks: choose another number"
         )
     part = replace(args, **{name: size // WORLD_SIZE for name, size in heads.items()})
     model = load_model(replace(checkpoint, args=part), device, dtype, lambda name, tensor: shard(name, tensor, args))

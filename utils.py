@@ -98,29 +98,24 @@ def reading(name: Path | str, advice: str) -> Iterator[None]:
         raise ValueError(f"{name}: {reason.split('. ')[0][:200]}; {advice}") from error
 
 
-def decode_text(data: bytes, name: str) -> str:
-    r"""UTF-8 to text, without a byte order mark and with "\n" for "\r\n". ValueError if `data` is not UTF-8."""
-    with reading(name, "give some text in UTF-8"):
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
+def decode_text(data: bytes) -> str:
+    r"""UTF-8 to text, without a byte order mark and with "\n" for "\r\n"."""
+    return data.decode("utf-8-sig").replace("\r\n", "\n")
 
 
-def read_text(argument: str, name: str, literal: bool = False) -> str:
+def read_text(argument: str, name: str) -> str:
     """The text that `argument` of the flag `name` means: "-" is standard input, "@FILE" a file, else the text itself.
 
-    A `literal` one is always itself. The line end of the last line of standard input or of a file is dropped.
-    ValueError if there is no text.
+    The line end of the last line of standard input or of a file is dropped. ValueError if there is no text.
     """
-    if literal:
-        with reading(name, "give some text in UTF-8"):
-            text = os.fsencode(argument).decode()
-    elif argument == "-":
-        text = decode_text(sys.stdin.buffer.read(), name).removesuffix("\n")
-    elif argument.startswith("@"):
-        with reading(f"{name} {argument}", 'name a file after the @, or give text that begins with @ through "-"'):
-            data = Path(argument[1:]).read_bytes()
-        text = decode_text(data, f"{name} {argument}").removesuffix("\n")
-    else:
-        text = decode_text(os.fsencode(argument), name)
+    is_file = argument == "-" or argument.startswith("@")
+    with reading(f"{name} {argument}" if argument.startswith("@") else name, "give some text in UTF-8, or @FILE"):
+        if argument == "-":
+            data = sys.stdin.buffer.read()
+        else:
+            data = Path(argument[1:]).read_bytes() if is_file else os.fsencode(argument)
+        text = decode_text(data)
+    text = text.removesuffix("\n") if is_file else text
     if not text:
         raise ValueError(f"{name} is empty: give some text in UTF-8")
     return text

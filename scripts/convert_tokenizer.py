@@ -149,13 +149,19 @@ def read_added_tokens(folder: Path, tokenizer_json: dict, config: dict) -> dict[
     return {entry["content"]: entry for entry in entries}
 
 
+def named_token(config: dict, name: str) -> str | None:
+    """The spelling of a token that tokenizer_config.json names."""
+    token = config.get(name)
+    return token["content"] if isinstance(token, dict) else token
+
+
 def read_chat_template(folder: Path, config: dict) -> str | None:
     """The chat template: a file of its own, or what tokenizer_config.json has, the default one of several.
 
     transformers' tag {% generation %} marks the tokens to train on; here it does nothing.
     """
     path = folder / "chat_template.jinja"
-    template = utils.decode_text(path.read_bytes(), str(path)) if path.exists() else config.get("chat_template")
+    template = utils.decode_text(path.read_bytes()) if path.exists() else config.get("chat_template")
     if isinstance(template, list):
         template = {each["name"]: each["template"] for each in template}.get("default")
     if template is None:
@@ -180,18 +186,15 @@ def read_fields(folder: Path, config: dict, vocab_size: int, eos_ids: set[int]) 
         with utils.reading(path, NEEDED):
             plain = sentencepiece_tokenizer(sentencepiece_model(path, added, config))
     added_tokens = plain.added_tokens | {text: token for token, text in added.items()}
-    names = {"bos": plain.bos_token, "eos": plain.eos_token}
-    for name in names:
-        if token := config.get(f"{name}_token"):
-            names[name] = token["content"] if isinstance(token, dict) else token
-    own_eos = {token for text, token in added_tokens.items() if text == names["eos"]}
+    bos, eos = [named_token(config, name) or getattr(plain, name) for name in ("bos_token", "eos_token")]
+    own_eos = {token for text, token in added_tokens.items() if text == eos}
     add_bos = config.get("add_bos_token")
     return replace(
         plain,
         added_tokens=added_tokens,
         special_tokens=plain.special_tokens + [text for text, each in entries.items() if each.get("special", True)],
-        bos_token=names["bos"],
-        eos_token=names["eos"],
+        bos_token=bos,
+        eos_token=eos,
         add_bos_token=plain.add_bos_token if add_bos is None else add_bos,
         eos_ids=sorted(eos_ids | own_eos),
         legacy=config.get("legacy", True),

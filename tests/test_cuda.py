@@ -11,13 +11,13 @@ import os
 import re
 import subprocess
 import sys
-import terminal
+import utils
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Eager, generated, make_sampling, new_engine, random_model, run_cli
+from conftest import ROOT, Eager, generated, make_params, new_engine, random_model, run_cli
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -80,7 +80,7 @@ def check_product(n_out: int, n_in: int, scheme: str, sizes: list[int]) -> None:
     weight = stored(n_out, n_in, scheme)
     x = normal(1, 16, n_in).bfloat16().to(DEVICE)
     found = cuda.linear(x, *weight)
-    exact = kernels.dequantize(*weight, torch.float32).double()
+    exact = dequantize(*weight, torch.float32).double()
     expected = x.double() @ exact.T
     bound = 2**-8 * (expected.abs() + x.double().abs() @ exact.abs().T / 16)
     assert ((found.double() - expected).abs() < bound).all()
@@ -114,7 +114,7 @@ def test_products_of_layers_that_no_power_of_two_divides(scheme: str) -> None:
 def test_a_weight_is_restored_as_a_cpu_restores_it(scheme: str) -> None:
     """The last program has a part of its bytes."""
     weight = stored(33, 768, scheme)
-    found, expected = cuda.dequantize(*weight), kernels.dequantize(*weight, torch.float32)
+    found, expected = cuda.dequantize(*weight), dequantize(*weight, torch.float32)
     assert found.shape == (33, 768)
     assert ((found.float() - expected).abs() <= 2**-8 * expected.abs()).all()
 
@@ -135,7 +135,7 @@ def check_attention(
     n_head: int, n_kv_head: int, head_dim: int, capacity: int, starts: list[int], most: int = 16
 ) -> None:
     """Against float32 by PyTorch, with NaN behind the positions; as one call of many rows or as many of few."""
-    frequencies = (10000.0 ** (torch.arange(0, head_dim, 2) / -head_dim)).to(DEVICE)
+    rope = (10000.0 ** (torch.arange(0, head_dim, 2) / -head_dim)).to(DEVICE)
     for start in starts:
         past = normal(2, 1, n_kv_head, capacity, head_dim).bfloat16().to(DEVICE)
         past[:, :, :, start:] = torch.nan
@@ -143,8 +143,8 @@ def check_attention(
         positions = torch.arange(start, start + rows, device=DEVICE)
         qkv = normal(1, rows, (n_head + 2 * n_kv_head) * head_dim).bfloat16().to(DEVICE)
         cache, reference = past.clone(), past.float()
-        found = cuda.attention(qkv, frequencies, positions, cache)
-        expected = kernels._attention(qkv.float(), frequencies, positions, reference)
+        found = cuda.attention(qkv, rope, positions, cache)
+        expected = kernels._attention(qkv.float(), rope, positions, reference)
         assert (found.float() - expected).abs().max() < 0.02
         end = start + rows
         assert torch.equal(cache[1, :, :, :end], reference[1, :, :, :end].bfloat16())
@@ -154,7 +154,7 @@ def check_attention(
             again, parts = past.clone(), []
             for first in range(0, rows - size + 1, size):
                 some = slice(first, first + size)
-                parts.append(cuda.attention(qkv[:, some].contiguous(), frequencies, positions[some], again))
+                parts.append(cuda.attention(qkv[:, some].contiguous(), rope, positions[some], again))
             together = torch.cat(parts, dim=1)
             assert torch.equal(together, found[:, : together.shape[1]]), (start, size)
 
@@ -275,7 +275,7 @@ def like_cuda(monkeypatch) -> dict[str, Launched]:
         monkeypatch.setattr(cuda, name, kernel)
     monkeypatch.setattr(torch.ops.llama, "linear", opened(kernels._linear))
     monkeypatch.setattr(torch.ops.llama, "attention", opened(kernels._attention))
-    monkeypatch.setattr(kernels.RMSNorm, "forward", lambda self, x: kernels._rms_norm(x, self.weight, self.eps))
+    monkeypatch.setattr(RMSNorm, "forward", lambda self, x: kernels._rms_norm(x, self.weight, self.eps))
     return launched
 
 
@@ -286,26 +286,26 @@ def bfloat16_model(spread: float = 0.3) -> Transformer:
 @pytest.mark.parametrize("temperature", [0.0, pytest.param(0.8, marks=pytest.mark.slow)])
 def test_a_captured_step_gives_what_the_step_gives(like_cuda, temperature: float) -> None:
     """Token by token, and with right and wrong guesses; the host waits for nothing in between."""
-    model, sampling = bfloat16_model(), make_sampling(3, temperature)
+    model, params = bfloat16_model(), make_params(3, temperature)
     prompt = [5, 7, 9]
-    expected = generated(Eager(model, model.make_cache(64)), prompt, 8, sampling)
+    expected = generated(Eager(model, model.make_cache(64)), prompt, 8, params)
     engine = new_engine(model)
     for _ in range(2):  # the second time nothing is captured any more
-        assert generated(engine, prompt, 8, sampling) == expected
-    speculation = Speculation(lambda ids, count, sampling: [*(prompt + expected)[len(ids) :][: count - 1], 0], 3)
+        assert generated(engine, prompt, 8, params) == expected
+    speculation = Speculation(lambda ids, count, params: [*(prompt + expected)[len(ids) :][: count - 1], 0], 3)
     speculation.choose = lambda room, sources: (DRAFT, min(room, 3))
-    assert generated(engine, prompt, 8, sampling, speculation=speculation) == expected
+    assert generated(engine, prompt, 8, params, speculation=speculation) == expected
     assert {accepted for _, _, accepted in speculation.rounds} >= {0, 2}
-    assert all(isinstance(program, cuda.Graph) and program.complete for program in engine.few.programs.values())
+    assert all(isinstance(program, cuda.Graph) and program.replayable for program in engine.decode_step.graphs.values())
 
 
 @pytest.mark.slow
 def test_a_draft_is_captured_too(like_cuda) -> None:
     """Its guesses are those of one that runs as it is."""
-    model, sampling = bfloat16_model(), make_sampling(3, 0.8)
+    model, params = bfloat16_model(), make_params(3, 0.8)
     draft, eager = new_engine(model), Eager(model, model.make_cache(64))
     for ids in ([5, 7, 9], [5, 7, 9, 11, 2]):
-        assert draft.guess(ids, 4, sampling) == eager.guess(ids, 4, sampling)
+        assert draft.guess(ids, 4, params) == eager.guess(ids, 4, params)
 
 
 def test_a_step_launches_four_products_two_norms_and_two_kernels_of_attention_a_layer(like_cuda) -> None:
@@ -319,11 +319,11 @@ def test_a_step_launches_four_products_two_norms_and_two_kernels_of_attention_a_
 def test_what_cannot_be_captured_runs_as_it_is(like_cuda, monkeypatch, capsys) -> None:
     """It says so once for each number of rows, and the text is the same."""
     model = bfloat16_model()
-    expected = generated(Eager(model, model.make_cache(64)), [5, 7, 9], 3, make_sampling())
+    expected = generated(Eager(model, model.make_cache(64)), [5, 7, 9], 3, make_params())
     monkeypatch.setitem(globals(), "WAITS", {aten.embedding.default})
     engine = new_engine(model)
-    assert generated(engine, [5, 7, 9], 3, make_sampling()) == expected
-    assert [program.complete for program in engine.few.programs.values()] == [False, False]
+    assert generated(engine, [5, 7, 9], 3, make_params()) == expected
+    assert [program.replayable for program in engine.decode_step.graphs.values()] == [False, False]
     assert capsys.readouterr().err.count("a step cannot be captured, so decoding is slower: aten.embedding") == 2
 
 
@@ -333,9 +333,9 @@ def test_a_draft_waits_for_the_device_twice(monkeypatch) -> None:
     engine = new_engine(model)
     read = engine.read
     monkeypatch.setattr(engine, "read", lambda samples: waits.append(1) or read(samples))
-    guesses = engine.guess([5, 7, 9], 6, make_sampling())
+    guesses = engine.guess([5, 7, 9], 6, make_params())
     assert len(guesses) == 6 and len(waits) == 2
-    assert guesses == generated(new_engine(model), [5, 7, 9], 6, make_sampling())
+    assert guesses == generated(new_engine(model), [5, 7, 9], 6, make_params())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -344,14 +344,14 @@ def test_a_draft_whose_numbers_are_not_finite_is_told(dtype: torch.dtype, monkey
     engine = new_engine(random_model(ARGS).to(dtype))
     extend = engine.extend
 
-    def extend_and_break(ids: list[int], sampling) -> list[int]:
-        first = extend(ids, sampling)
+    def extend_and_break(ids: list[int], params) -> list[int]:
+        first = extend(ids, params)
         engine.model.norm.weight.fill_(torch.nan)
         return first
 
     monkeypatch.setattr(engine, "extend", extend_and_break)
     with pytest.raises(ValueError, match="not finite"):
-        engine.guess([5, 7, 9], 4, make_sampling())
+        engine.guess([5, 7, 9], 4, make_params())
 
 
 # ---- Whether there are kernels
@@ -399,7 +399,7 @@ def test_an_error_of_cuda_is_one_line(said: str, capsys) -> None:
     def main() -> None:
         raise RuntimeError(said)
 
-    assert terminal.status_of(main, sys.stderr) == 1
+    assert utils.status_of(main, sys.stderr) == 1
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and told.startswith("the GPU or its driver failed, or is busy: ")
 
@@ -519,8 +519,8 @@ def on_card(path: Path, dtype: torch.dtype) -> Engine:
 
 
 def sampled(seed: int, temperature: float):
-    sampling = make_sampling(seed, temperature)
-    sampling.seed, sampling.temperature = sampling.seed.cuda(), sampling.temperature.cuda()
+    params = make_params(seed, temperature)
+    params.seed, params.temperature = params.seed.cuda(), params.temperature.cuda()
     return sampling
 
 
@@ -532,11 +532,11 @@ PROMPT = [1, 350, 17, 900, 44, 3, 1200]
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_float32_gives_the_text_of_a_cpu(demo, target, temperature: float) -> None:
     """Compiled, too."""
-    expected = generated(new_engine(target), PROMPT, 60, make_sampling(3, temperature))
+    expected = generated(new_engine(target), PROMPT, 60, make_params(3, temperature))
     engine = on_card(demo["target"], torch.float32)
     assert generated(engine, PROMPT, 60, sampled(3, temperature)) == expected
     engine.compile(True, True, sampled(3, temperature))
-    engine.ids = []
+    engine.cached_ids = []
     assert generated(engine, PROMPT, 60, sampled(3, temperature)) == expected
 
 
@@ -550,42 +550,42 @@ def test_speculation_is_exact_in_bfloat16(demo, weights: str, temperature: float
 
     From an empty cache each time: what many rows leave in it is not, bit for bit, what few rows do.
     """
-    engine, sampling = on_card(demo[weights], torch.bfloat16), sampled(3, temperature)
+    engine, params = on_card(demo[weights], torch.bfloat16), sampled(3, temperature)
     draft = on_card(demo["draft"], torch.bfloat16)
     if compiled:
         for each in (engine, draft):
-            each.compile(True, True, sampling)
-    expected = generated(engine, PROMPT * 3, 60, sampling)
+            each.compile(True, True, params)
+    expected = generated(engine, PROMPT * 3, 60, params)
     for guess, lookup in ((draft.guess, None), (None, Lookup()), (draft.guess, Lookup())):
         for count in (1, 3, 6, 15):
             speculation = Speculation(guess, count, lookup)
             speculation.choose = lambda room, sources, count=count: (sources or [PLAIN])[-1:] + [min(room, count)]
-            engine.ids = []
-            assert generated(engine, PROMPT * 3, 60, sampling, speculation=speculation) == expected
+            engine.cached_ids = []
+            assert generated(engine, PROMPT * 3, 60, params, speculation=speculation) == expected
 
 
 @needs_cuda
 @pytest.mark.cuda
 @torch.inference_mode()
 def test_every_number_of_rows_is_captured_and_gives_what_the_step_gives(demo) -> None:
-    engine, sampling = on_card(demo["target"], torch.bfloat16), sampled(3, 0.8)
+    engine, params = on_card(demo["target"], torch.bfloat16), sampled(3, 0.8)
     eager = Eager(engine.model, engine.model.make_cache(1024))
     for rows in range(1, 17):
         for _ in range(3):
-            ids = [(7 * rows + len(engine.ids) + i) % 2000 + 3 for i in range(rows)]
-            positions = torch.arange(len(engine.ids), len(engine.ids) + rows)
+            ids = [(7 * rows + len(engine.cached_ids) + i) % 2000 + 3 for i in range(rows)]
+            positions = torch.arange(len(engine.cached_ids), len(engine.cached_ids) + rows)
             inputs = torch.stack([torch.tensor(ids), positions]).cuda()
-            assert engine.run(ids, sampling) == eager.launch(inputs, sampling).tolist()
-    assert all(engine.few.programs[rows].complete for rows in range(1, 17))
+            assert engine.run(ids, params) == eager.launch(inputs, params).tolist()
+    assert all(engine.decode_step.graphs[rows].replayable for rows in range(1, 17))
 
 
 @needs_cuda
 @pytest.mark.cuda
 def test_a_prefix_is_reused_in_memory(demo) -> None:
-    engine, sampling = on_card(demo["target"], torch.bfloat16), sampled(3, 0.0)
-    generated(engine, PROMPT * 10, 5, sampling)
+    engine, params = on_card(demo["target"], torch.bfloat16), sampled(3, 0.0)
+    generated(engine, PROMPT * 10, 5, params)
     engine.rewind(PROMPT * 10 + [9, 8, 7])
-    assert len(engine.ids) == len(PROMPT * 10)
+    assert len(engine.cached_ids) == len(PROMPT * 10)
 
 
 @needs_cuda
@@ -625,7 +625,7 @@ def test_calibrating_on_a_card_gives_what_a_cpu_gives(scheme: dict, most: float,
         quantize(read_checkpoint(demo["target"]), scheme, device, path, "def f(x):\n" * 200)
         model = load_model(read_checkpoint(path), "cpu", torch.float32)
         layers = [module for module in model.modules() if isinstance(module, kernels.Linear)]
-        restored[device] = [kernels.dequantize(x.weight, x.scale, x.minimum, torch.float32) for x in layers]
+        restored[device] = [dequantize(x.weight, x.scale, x.minimum, torch.float32) for x in layers]
     for found, expected in zip(restored["cuda"], restored["cpu"], strict=True):
         assert (found - expected).abs().mean() < most * expected.abs().mean()
 

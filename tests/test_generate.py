@@ -7,21 +7,22 @@ import os
 import re
 import subprocess
 import sys
-import terminal
 from pathlib import Path
+
+import utils
 
 import pytest
 import torch
-from conftest import ROOT, TOKENIZER, decoded, generated, make_sampling, new_engine, run_cli
+from conftest import ROOT, TOKENIZER, decoded, generated, make_params, new_engine, run_cli
 
 from checkpoint import load_model, read_checkpoint
 from generate import Session, build_parser
-from kernels.sampling import gumbel_noise, hash32, sample
+from sampling import gumbel_noise, hash32, sample
 from scripts.convert_hf_checkpoint import convert
-from tokenizer import text_decoder
+from tokenizer import utf8_decoder
 
 GOLDEN_PROMPT = "The following example"
-PROMPT = [*TOKENIZER.start, *TOKENIZER.encode(GOLDEN_PROMPT)]
+PROMPT = [*TOKENIZER.bos_ids, *TOKENIZER.encode(GOLDEN_PROMPT)]
 
 
 def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
@@ -36,10 +37,10 @@ def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("top_k", [None, 5])
 def test_samples_follow_the_softmax(top_k: int | None) -> None:
-    """200,000 draws, as many positions of one seed."""
+    """Draw at 200,000 positions with one seed."""
     logits = torch.randn(40, generator=torch.Generator().manual_seed(0)) * 1.5
     temperature, draws = 0.7, 200_000
-    ids = sample(logits.expand(draws, -1), torch.arange(draws), make_sampling(7, temperature, top_k))
+    ids = sample(logits.expand(draws, -1), torch.arange(draws), make_params(7, temperature, top_k))
     kept = logits if top_k is None else logits.masked_fill(logits < logits.topk(top_k).values[-1], -math.inf)
     assert abs(chi_square(torch.bincount(ids, minlength=40).float(), (kept / temperature).softmax(-1))) < 4
 
@@ -48,33 +49,33 @@ WARPERS = {"top_k": "TopKLogitsWarper", "top_p": "TopPLogitsWarper", "min_p": "M
 
 
 @pytest.mark.parametrize(
-    "likely", [{"top_p": 0.7}, {"min_p": 0.1}, {"top_k": 12, "top_p": 0.8, "min_p": 0.05}, {"top_k": 3, "min_p": 0.3}]
+    "limits", [{"top_p": 0.7}, {"min_p": 0.1}, {"top_k": 12, "top_p": 0.8, "min_p": 0.05}, {"top_k": 3, "min_p": 0.3}]
 )
-def test_likely_samples_follow_what_the_warpers_of_transformers_leave(likely: dict) -> None:
-    """200,000 draws, in float32 and by the kernel; all before the temperature."""
+def test_filtered_samples_follow_the_warpers_of_transformers(limits: dict) -> None:
+    """Draw at 200,000 positions, in float32 and by the kernel; the warpers come before the temperature."""
     from transformers.generation import logits_process  # noqa: PLC0415
 
     logits = (torch.randn(1, 40, generator=torch.Generator().manual_seed(0)) * 1.5).bfloat16()
-    left = logits.float()
+    warped = logits.float()
     for name, warper in WARPERS.items():
-        if name in likely:
-            left = getattr(logits_process, warper)(likely[name])(None, left)
+        if name in limits:
+            warped = getattr(logits_process, warper)(limits[name])(None, warped)
     temperature, draws = 0.7, 200_000
-    sampling = make_sampling(7, temperature, **likely)
-    ids = sample(logits.float().expand(draws, -1), torch.arange(draws), sampling)
-    assert abs(chi_square(torch.bincount(ids, minlength=40).float(), (left[0] / temperature).softmax(-1))) < 4
+    params = make_params(7, temperature, **limits)
+    ids = sample(logits.float().expand(draws, -1), torch.arange(draws), params)
+    assert abs(chi_square(torch.bincount(ids, minlength=40).float(), (warped[0] / temperature).softmax(-1))) < 4
     for start in range(0, 320, 16):
-        rows = sample(logits.expand(16, -1).contiguous(), torch.arange(start, start + 16), sampling)
+        rows = sample(logits.expand(16, -1).contiguous(), torch.arange(start, start + 16), params)
         assert torch.equal(rows, ids[start : start + 16])
 
 
 def test_temperature_zero_is_the_argmax() -> None:
     logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(sample(logits, torch.arange(50), make_sampling(3, 0.0)), logits.argmax(-1))
+    assert torch.equal(sample(logits, torch.arange(50), make_params(3, 0.0)), logits.argmax(-1))
 
 
 def test_noise_is_gumbel_and_uncorrelated() -> None:
-    """Mean Euler's constant, variance pi^2 / 6; positions, tokens and seeds side by side do not know of each other."""
+    """Euler's constant as mean, variance pi^2 / 6; no correlation of neighbouring positions, tokens or seeds."""
     noise = torch.stack(
         [gumbel_noise(torch.tensor(seed, dtype=torch.int32), torch.arange(500), 1000) for seed in range(4)]
     )
@@ -112,7 +113,7 @@ def test_hash_is_bit_equal_eager_compiled_and_in_python() -> None:
 @pytest.fixture(scope="module")
 def compiled(target):
     engine = new_engine(target)
-    engine.compile(True, True, make_sampling())
+    engine.compile(True, True, make_params())
     return engine
 
 
@@ -121,38 +122,36 @@ def compiled(target):
 def test_compiled_equals_eager(target, compiled, temperature: float, top_k: int | None) -> None:
     if top_k is not None:
         compiled = new_engine(target)
-        compiled.compile(True, False, make_sampling(1, 0.5, top_k))
-    sampling = make_sampling(11, temperature, top_k)
-    eager = generated(new_engine(target), PROMPT, 60, sampling)
-    assert generated(compiled, PROMPT, 60, sampling) == eager
+        compiled.compile(True, False, make_params(1, 0.5, top_k))
+    params = make_params(11, temperature, top_k)
+    eager = generated(new_engine(target), PROMPT, 60, params)
+    assert generated(compiled, PROMPT, 60, params) == eager
 
 
 @pytest.mark.slow
 def test_models_of_different_eps_compile_in_one_process(random_llama) -> None:
-    """As a target and its draft do."""
+    """Compile a step for each, as for a target and its draft."""
     torch.compiler.reset()
     for eps in (1e-5, 1e-6, 1e-3):
         _, folder = random_llama(rms_norm_eps=eps)
         model = load_model(read_checkpoint(convert(folder, "float32")), "cpu", torch.float32)
         engine = new_engine(model)
-        engine.compile(True, True, make_sampling())
+        engine.compile(True, True, make_params())
         prompt = [1, 5, 6, 7]
-        assert generated(engine, prompt, 20, make_sampling()) == generated(
-            new_engine(model), prompt, 20, make_sampling()
-        )
+        assert generated(engine, prompt, 20, make_params()) == generated(new_engine(model), prompt, 20, make_params())
 
 
 @pytest.mark.slow
-def test_no_recompilation_after_the_warm_up_whatever_the_prompt_and_the_filling(target) -> None:
-    """Engine.compile leaves nothing to compile: neither a prompt's length nor the first decoded token does."""
+def test_no_recompilation_after_the_warm_up_for_any_prompt_and_filling(target) -> None:
+    """Compile nothing after Engine.compile: neither for a prompt's length nor for the first decoded token."""
     from torch._dynamo.utils import counters  # noqa: PLC0415
 
     torch.compiler.reset()
     compiled = new_engine(target)
-    compiled.compile(True, True, make_sampling())
+    compiled.compile(True, True, make_params())
     before = counters["stats"]["unique_graphs"]
     for length in (*range(1, 300, 13), 300, 513, 800):
-        generated(compiled, (PROMPT * 400)[:length], 3, make_sampling(length, 0.5))
+        generated(compiled, (PROMPT * 400)[:length], 3, make_params(length, 0.5))
     assert counters["stats"]["unique_graphs"] == before > 0
 
 
@@ -177,17 +176,17 @@ def test_a_second_process_with_another_prompt_length_compiles_nothing(demo, tmp_
 
 
 def test_same_seed_same_text_other_seed_other_text(target) -> None:
-    first, again, other = (generated(new_engine(target), PROMPT, 40, make_sampling(seed, 0.8)) for seed in (1, 1, 2))
+    first, again, other = (generated(new_engine(target), PROMPT, 40, make_params(seed, 0.8)) for seed in (1, 1, 2))
     assert first == again != other
 
 
-def test_what_the_cache_holds_does_not_run_again(target) -> None:
-    """The text is the same wherever a prompt parts from what ran before it, and only the rest passes through."""
-    engine, sampling, rows, prompt = new_engine(target), make_sampling(3, 0.8), [], PROMPT * 5
-    expected = generated(engine, prompt, 20, sampling)
+def test_cached_tokens_do_not_run_again(target) -> None:
+    """The same text, wherever a prompt parts from the cached tokens; only the rest of it runs."""
+    engine, params, rows, prompt = new_engine(target), make_params(3, 0.8), [], PROMPT * 5
+    expected = generated(engine, prompt, 20, params)
     target.tok_embeddings.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0].shape[1]))
     try:
-        for before, kept in (
+        for before, num_cached in (
             (prompt, len(prompt) - 1),
             (prompt + [5] * 9, len(prompt) - 1),
             (prompt[:17], 17),
@@ -195,16 +194,17 @@ def test_what_the_cache_holds_does_not_run_again(target) -> None:
             ([5] * 9, 0),
             ([1], 1),
         ):
-            generated(engine, before, 1, sampling)
+            generated(engine, before, 1, params)
             rows.clear()
-            assert generated(engine, prompt, 20, sampling) == expected
-            assert rows == [len(prompt) - kept, *[1] * 19]
+            assert generated(engine, prompt, 20, params) == expected
+            assert engine.num_cached == num_cached
+            assert rows == [len(prompt) - num_cached, *[1] * 19]
     finally:
         target.tok_embeddings._forward_hooks.clear()
 
 
 def test_the_end_token_ends_the_text_and_is_not_yielded(target) -> None:
-    engine, greedy = new_engine(target), make_sampling()
+    engine, greedy = new_engine(target), make_params()
     ids = generated(engine, PROMPT, 30, greedy)
     assert len(ids) == 30
     assert generated(engine, PROMPT, 30, greedy, [ids[12]]) == ids[: ids.index(ids[12])]
@@ -212,11 +212,11 @@ def test_the_end_token_ends_the_text_and_is_not_yielded(target) -> None:
 
 
 def test_the_context_is_used_to_its_last_position(target) -> None:
-    """A prompt of 1,020 in a context of 1,024 has room for 4 more tokens, and the one that follows them."""
+    """Five tokens after a prompt of 1,020 in a context of 1,024: 4 in the context, and the one that follows them."""
     long = (PROMPT * 400)[:1020]
-    ids = generated(new_engine(target), long, 100, make_sampling())
+    ids = generated(new_engine(target), long, 100, make_params())
     assert len(ids) == 5
-    assert generated(new_engine(target), long + ids[:4], 100, make_sampling()) == ids[4:]
+    assert generated(new_engine(target), long + ids[:4], 100, make_params()) == ids[4:]
 
 
 def test_the_statistics_say_why_the_text_ended(demo) -> None:
@@ -224,7 +224,7 @@ def test_the_statistics_say_why_the_text_ended(demo) -> None:
     session = Session(build_parser().parse_args([*flags, "--max_new_tokens", "30"]))
     ids = session.answer(PROMPT)
     assert "Stopped: max_new_tokens 30" in session.statistics()
-    session.tokenizer.ends = [ids[12]]
+    session.tokenizer.eos_ids = [ids[12]]
     session.answer(PROMPT)
     assert "Stopped: end of sequence" in session.statistics()
     session.answer((PROMPT * 400)[:1020])
@@ -232,31 +232,31 @@ def test_the_statistics_say_why_the_text_ended(demo) -> None:
 
 
 def test_logits_that_are_not_finite_end_in_an_error(target) -> None:
-    """NaN or infinity at any place of a row, at any temperature; minus infinity is what top_k leaves."""
+    """Sample -1 for NaN or infinity anywhere in a row, at any temperature; minus infinity is filtered out."""
     logits = torch.zeros(4, 50)
     logits[0, 7] = torch.nan
     logits[1, 49] = torch.inf
     logits[2, :] = -torch.inf
     for temperature in (0.0, 0.8, 1e30):
-        ids = sample(logits, torch.arange(4), make_sampling(1, temperature))
+        ids = sample(logits, torch.arange(4), make_params(1, temperature))
         assert ids[:3].tolist() == [-1, -1, -1]
         assert ids[3] >= 0
     engine = new_engine(target)
-    engine.cache.fill_(torch.nan)
-    engine.ids = PROMPT[:2]
+    engine.kv_cache.fill_(torch.nan)
+    engine.cached_ids = PROMPT[:2]
     with pytest.raises(ValueError, match="not finite.*--precision"):
-        engine.run(PROMPT[2:], make_sampling())
+        engine.forward(PROMPT[2:], make_params())
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8, 5.0])
 def test_top_k_keeps_exactly_k_and_of_equal_logits_the_lower_ids(temperature: float) -> None:
-    """As in bfloat16, where ties are common; k = 1 is greedy at any temperature."""
+    """Logits with many ties, as in bfloat16; k = 1 is greedy at any temperature."""
     logits = torch.randint(0, 6, (300, 40), generator=torch.Generator().manual_seed(0)).float()
     order = logits.argsort(dim=-1, descending=True, stable=True)
     for k in (1, 2, 7, 40, 10**30):
         seen = torch.zeros_like(logits, dtype=torch.bool)
         for seed in range(60):
-            ids = sample(logits, torch.arange(300), make_sampling(seed, temperature, k))
+            ids = sample(logits, torch.arange(300), make_params(seed, temperature, k))
             seen[torch.arange(300), ids] = True
         kept = torch.zeros_like(seen).scatter_(1, order[:, :k], True)
         assert not (seen & ~kept).any()
@@ -267,43 +267,43 @@ def test_top_k_keeps_exactly_k_and_of_equal_logits_the_lower_ids(temperature: fl
 
 
 def test_ids_without_a_text_are_never_sampled() -> None:
-    """Embeddings padded beyond the tokenizer's pieces."""
+    """Embeddings that are padded beyond the tokenizer's vocabulary."""
     logits = torch.zeros(50, 64)
     logits[:, 60:] = 100.0
-    sampling = make_sampling(3, 0.8)
-    sampling.vocab_size = 60
-    assert sample(logits, torch.arange(50), sampling).max() < 60
+    params = make_params(3, 0.8)
+    params.vocab_size = 60
+    assert sample(logits, torch.arange(50), params).max() < 60
 
 
 GOLDEN = json.loads((Path(__file__).parent / "demo" / "golden.json").read_text())
 
 
 def test_golden_text_of_the_demo(target, compiled) -> None:
-    """Float32, greedy: what every path has to give."""
+    """The greedy text in float32, which every path has to give."""
     for engine in (new_engine(target), compiled):
-        ids = generated(engine, PROMPT, len(GOLDEN["ids"]), make_sampling())
+        ids = generated(engine, PROMPT, len(GOLDEN["ids"]), make_params())
         assert ids == GOLDEN["ids"]
     assert decoded(ids) == GOLDEN["text"]
 
 
-PIECES = TOKENIZER.pieces
-BYTES = {PIECES.id_to_piece(i): i for i in range(TOKENIZER.size) if PIECES.is_byte(i)}
+PROCESSOR = TOKENIZER.bpe.processor
+BYTES = {PROCESSOR.id_to_piece(i): i for i in range(TOKENIZER.vocab_size) if PROCESSOR.is_byte(i)}
 
 
 def test_streamed_text_equals_the_decoded_ids() -> None:
-    """Emoji, CJK, control and unknown tokens, and any bytes, half characters among them."""
+    """Emoji, CJK, control and unknown tokens, and any bytes, incomplete characters among them."""
     head = TOKENIZER.encode("The")
     texts = ["naïve café 東京都 👩‍👩‍👧 🇫🇷 end", "tabs\tand\nlines\n\n  indented", "x = {'a': [1, 2]}", "\u2047 \u2581"]
-    random = torch.randint(0, TOKENIZER.size, (50, 30), generator=torch.Generator().manual_seed(0)).tolist()
+    random = torch.randint(0, TOKENIZER.vocab_size, (50, 30), generator=torch.Generator().manual_seed(0)).tolist()
     raws = [b"\xf0\x9f", b"\xe2\x82\xac\xe2\x82", b"\xff\xfea", b"\x80\xc3\xa9", b"\x80" * 64]
     torn = [[BYTES[f"<0x{byte:02X}>"] for byte in raw] for raw in raws]
     for ids in [*map(TOKENIZER.encode, texts), *random, *torn, *(t + TOKENIZER.encode("b") for t in torn)]:
-        assert decoded(ids) == PIECES.decode(head + ids).removeprefix(PIECES.decode(head))
+        assert decoded(ids) == PROCESSOR.decode(head + ids).removeprefix(PROCESSOR.decode(head))
 
 
-def test_half_a_character_waits_and_what_can_be_none_does_not() -> None:
-    decode = text_decoder().decode
-    pieces = [decode(TOKENIZER.bytes_of(BYTES[f"<0x{byte:02X}>"])) for byte in "é👍\n".encode() + b"\x80\x80"]
+def test_an_incomplete_character_waits_and_an_invalid_byte_does_not() -> None:
+    decode = utf8_decoder().decode
+    pieces = [decode(TOKENIZER.token_bytes(BYTES[f"<0x{byte:02X}>"])) for byte in "é👍\n".encode() + b"\x80\x80"]
     assert pieces == ["", "é", "", "", "", "👍", "\n", "\ufffd", "\ufffd"]
 
 
@@ -344,15 +344,15 @@ def test_sample_i_is_the_answer_of_seed_plus_i(demo) -> None:
 
 
 def test_a_prompt_from_a_file_or_standard_input_is_the_same_prompt(demo, tmp_path: Path, monkeypatch) -> None:
-    """Also with line ends of Windows and with a byte order mark; --prompt may be repeated."""
+    """The same text with line ends of Windows and with a byte order mark; --prompt may be repeated."""
     text = "Zürich\n東京"
     raws = [text.encode() + b"\n", b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode() + b"\r\n"]
     for raw in raws:
         (tmp_path / "prompt.txt").write_bytes(raw)
         with open(tmp_path / "prompt.txt") as file:
             monkeypatch.setattr(sys, "stdin", file)
-            assert terminal.read_text("-", "--prompt") == text
-        assert terminal.read_text(f"@{tmp_path / 'prompt.txt'}", "--prompt") == text
+            assert utils.read_text("-", "--prompt") == text
+        assert utils.read_text(f"@{tmp_path / 'prompt.txt'}", "--prompt") == text
     flags = ["--checkpoint_path", demo["target"], "--max_new_tokens", 5, "--ignore_eos"]
     both = run_cli("generate.py", *flags, "--prompt", text, "--prompt", f"@{tmp_path / 'prompt.txt'}")
     first, second = both.stdout[: len(both.stdout) // 2], both.stdout[len(both.stdout) // 2 + 1 :]
@@ -361,7 +361,7 @@ def test_a_prompt_from_a_file_or_standard_input_is_the_same_prompt(demo, tmp_pat
 
 @pytest.mark.slow
 def test_normal_use_prints_no_warning(demo, tmp_path: Path) -> None:
-    """Every line on stderr is a statistic, also where numpy is missing and everything is compiled anew."""
+    """Statistics alone on stderr, also without numpy and with everything compiled anew."""
     (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError('none here', name='numpy')")
     environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
     done = run_cli(
@@ -381,13 +381,13 @@ def test_normal_use_prints_no_warning(demo, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_compile_time_does_not_grow_with_the_number_of_layers(random_llama) -> None:
-    """The compiled step calls one compiled block: as many graphs' worth of code for 2 layers as for 6."""
+    """The code of one block for 2 layers as for 6, because the compiled step calls one compiled block."""
     from torch._inductor.utils import run_and_get_code  # noqa: PLC0415
 
     sizes = []
     for layers in (2, 6):
         _, folder = random_llama(num_hidden_layers=layers)
         model = load_model(read_checkpoint(convert(folder, "float32")), "cpu", torch.float32)
-        _, code = run_and_get_code(new_engine(model).compile, True, False, make_sampling())
+        _, code = run_and_get_code(new_engine(model).compile, True, False, make_params())
         sizes.append(sum(text.count("cpp_fused") for text in itertools.chain(code)))
     assert sizes[1] < sizes[0] * 1.5

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_sampling, run_cli
+from conftest import ROOT, make_params, run_cli
 
 import kernels
 from checkpoint import GROUPSIZES, load_model, read_checkpoint
 from kernels import cpu
-from kernels.sampling import sample
+from sampling import sample
 from quantize import quantize, quantize_int4, quantize_int8
 
 SCHEMES = [(16, 0), (8, 0), *((4, groupsize) for groupsize in GROUPSIZES)]  # bits and group size
@@ -34,12 +34,12 @@ if platform.machine() == "x86_64":
 @pytest.fixture(params=BUILDS)
 def library(request, monkeypatch, tmp_path_factory) -> ctypes.CDLL:
     """The kernels as this CPU gets them, and forced: the loops for any CPU, with vectors of 16 and 8 lanes."""
-    cpu.library.cache_clear()
+    load_library.cache_clear()
     if BUILDS[request.param]:
         monkeypatch.setattr(cpu, "FLAGS", BUILDS[request.param])
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "builds"))
-    yield cpu.library()
-    cpu.library.cache_clear()
+    yield load_library()
+    load_library.cache_clear()
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -60,7 +60,7 @@ def product_error(x: torch.Tensor, weight: list[torch.Tensor | None]) -> float:
     Up to 16 rows, 64 of a quantized weight, the weight is not rounded at all; more take it in the activation's dtype.
     """
     few = cpu.MAX_ROWS if weight[1] is None else 4 * cpu.MAX_ROWS
-    exact = kernels.dequantize(*weight, torch.float32 if len(x) <= few else x.dtype).double()
+    exact = dequantize(*weight, torch.float32 if len(x) <= few else x.dtype).double()
     terms = x.double().abs() @ exact.abs().T
     error = (multiply(x[None], *weight)[0].double() - x.double() @ exact.T).abs()
     return (error / (terms * 2**-16 + (x.double() @ exact.T).abs() * 2**-8 + 1e-30)).max().item()
@@ -99,21 +99,21 @@ def test_weights_mapped_from_a_file_give_the_same_product(library, demo, tmp_pat
 
 
 def attention_inputs(rows: int, filled: int, heads: tuple[int, int, int]) -> tuple[torch.Tensor, ...]:
-    """Projections, RoPE's frequencies, positions and cache of a batch of one: (n_head, n_kv_head, head_dim) heads."""
+    """Projections, RoPE's rope, positions and cache of a batch of one: (n_head, n_kv_head, head_dim) heads."""
     n_head, n_kv_head, head_dim = heads
     qkv = normal(1, rows, (n_head + 2 * n_kv_head) * head_dim).bfloat16()
     positions = torch.arange(filled - rows, filled)
-    frequencies = 10000.0 ** -torch.linspace(0, 1, head_dim // 2)
-    return qkv, frequencies, positions, normal(2, 1, n_kv_head, 720, head_dim, seed=2).bfloat16()
+    rope = 10000.0 ** -torch.linspace(0, 1, head_dim // 2)
+    return qkv, rope, positions, normal(2, 1, n_kv_head, 720, head_dim, seed=2).bfloat16()
 
 
-def reference_attention(qkv, frequencies, positions, cache) -> torch.Tensor:
+def reference_attention(qkv, rope, positions, cache) -> torch.Tensor:
     """In float64, from the definition, head by head; the cache gets the rows."""
     k_cache, v_cache = cache
     rows, n_kv_head, head_dim = qkv.shape[1], k_cache.shape[1], k_cache.shape[3]
     heads = qkv[0].view(rows, -1, head_dim).double()
     n_head = heads.shape[1] - 2 * n_kv_head
-    angles = torch.outer(positions.float(), frequencies).double()[:, None]
+    angles = torch.outer(positions.float(), rope).double()[:, None]
     cos, sin = angles.cos(), angles.sin()
     a, b = heads[:, : n_head + n_kv_head].chunk(2, dim=-1)
     turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).bfloat16()
@@ -137,7 +137,7 @@ def test_attention_equals_the_definition(library, heads: tuple[int, int, int]) -
                 continue
             inputs = attention_inputs(rows, filled, heads)
             copies = [tensor.clone() for tensor in inputs]
-            y, expected = kernels.attention(*inputs), reference_attention(*copies)
+            y, expected = torch.ops.llama.attention(*inputs), reference_attention(*copies)
             assert (y.double() - expected).abs().max() < 2**-8 * expected.abs().max() + 1e-3, (filled, rows)
             different = inputs[3] != copies[3]
             assert different.float().mean() < 1e-3  # float32 against float64 at the middle of two bfloat16
@@ -154,12 +154,12 @@ def test_row_i_of_many_is_bit_for_bit_that_row_alone(library) -> None:
 
 def test_rows_of_attention_at_once_equal_one_by_one_and_do_not_see_what_follows(library) -> None:
     for filled in (16, 200, 260, 600):
-        qkv, frequencies, positions, cache = attention_inputs(16, filled, (8, 2, 64))
+        qkv, rope, positions, cache = attention_inputs(16, filled, (8, 2, 64))
         dirty = cache.clone()
-        together = kernels.attention(qkv, frequencies, positions, cache)
+        together = torch.ops.llama.attention(qkv, rope, positions, cache)
         dirty[:, :, :, filled:] = float("nan")
         rows = [slice(i, i + 1) for i in range(16)]
-        single = [kernels.attention(qkv[:, r], frequencies, positions[r], dirty) for r in rows]
+        single = [torch.ops.llama.attention(qkv[:, r], rope, positions[r], dirty) for r in rows]
         assert torch.equal(torch.cat(single, dim=1), together)
         assert torch.equal(dirty[:, :, :, :filled], cache[:, :, :, :filled])
 
@@ -171,7 +171,7 @@ def test_the_same_bits_on_every_run_and_any_number_of_threads(library) -> None:
     try:
         for threads in (1, 2, 3, 8, 2):
             torch.set_num_threads(threads)
-            results.append((multiply(x, *weight), kernels.attention(*inputs)))
+            results.append((multiply(x, *weight), torch.ops.llama.attention(*inputs)))
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:
@@ -183,7 +183,7 @@ def test_what_stands_between_products_equals_float64_within_its_rounding(library
     """RMSNorm, and SwiGLU, whose silu is rounded on its own; values from tiny to those at which silu is flat."""
     for scale in (1e-3, 1.0, 30.0, 1e4):
         x = (normal(1, 7, channels) * scale).bfloat16()
-        norm = kernels.RMSNorm(channels, 1e-5).bfloat16().requires_grad_(False)
+        norm = RMSNorm(channels, 1e-5).bfloat16().requires_grad_(False)
         norm.weight.copy_(normal(channels, seed=1))
         wide = x.double()
         exact = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight.double()
@@ -191,15 +191,15 @@ def test_what_stands_between_products_equals_float64_within_its_rounding(library
         gate, up = wide.chunk(2, dim=-1)
         exact = gate.sigmoid() * gate * up
         least = (gate * up).abs() * 1e-37 + 1e-36  # exponentials end at e to the -87
-        assert ((kernels.swiglu(x).double() - exact).abs() <= exact.abs() * 2**-7 + least).all()
+        assert ((torch.ops.llama.swiglu(x).double() - exact).abs() <= exact.abs() * 2**-7 + least).all()
 
 
 def test_nan_and_infinity_pass_through_what_stands_between_products(library) -> None:
     x = torch.ones(1, 1, 64, dtype=torch.bfloat16)
     for value in (float("nan"), float("inf")):
         x[..., 3] = value
-        assert kernels.RMSNorm(64, 1e-5).bfloat16()(x)[0, 0, 3].isnan()
-        assert not kernels.swiglu(x)[0, 0, 3].isfinite()
+        assert RMSNorm(64, 1e-5).bfloat16()(x)[0, 0, 3].isnan()
+        assert not torch.ops.llama.swiglu(x)[0, 0, 3].isfinite()
 
 
 LIKELY = [(k, None, None) for k in (None, 1, 2, 40, 999, 2**64 + 1)]  # top_k, top_p, min_p
@@ -215,9 +215,9 @@ def test_samples_are_those_of_pytorch(library, temperature: float, top_k: int | 
         logits = normal(16, 1000, seed=seed).bfloat16()
         if seed % 2:
             logits = (logits * 2).round() / 2  # many are equal
-        sampling = make_sampling(seed, temperature, top_k, top_p, min_p, 990)
+        params = make_params(seed, temperature, top_k, top_p, min_p, 990)
         positions = torch.arange(16) + 1000 * seed
-        assert torch.equal(sample(logits, positions, sampling), sample(logits.float(), positions, sampling))
+        assert torch.equal(sample(logits, positions, params), sample(logits.float(), positions, params))
 
 
 def test_a_sample_of_what_is_not_finite_is_none(library) -> None:
@@ -226,22 +226,22 @@ def test_a_sample_of_what_is_not_finite_is_none(library) -> None:
             for likely in LIKELY:
                 logits = torch.zeros(2, 64, dtype=torch.bfloat16)
                 logits[1, place] = value
-                sampling = make_sampling(1, 0.8, *likely)
-                ids = sample(logits, torch.arange(2), sampling).tolist()
+                params = make_params(1, 0.8, *likely)
+                ids = sample(logits, torch.arange(2), params).tolist()
                 assert ids[0] >= 0
                 some = value < 0 and place != slice(None)  # an impossible token among possible ones
                 assert (ids[1] >= 0) == some, (value, place)
 
 
 def test_row_i_of_many_is_that_row_alone_between_products(library) -> None:
-    x, norm = normal(1, 16, 768).bfloat16(), kernels.RMSNorm(768, 1e-5).bfloat16()
-    sampling = make_sampling(1, 0.8, 40, 0.9, 0.01)
+    x, norm = normal(1, 16, 768).bfloat16(), RMSNorm(768, 1e-5).bfloat16()
+    params = make_params(1, 0.8, 40, 0.9, 0.01)
     positions = torch.arange(16)
     for i in range(16):
         row = slice(i, i + 1)
         assert torch.equal(norm(x)[:, row], norm(x[:, row]))
-        assert torch.equal(kernels.swiglu(x)[:, row], kernels.swiglu(x[:, row]))
-        assert torch.equal(sample(x[0], positions, sampling)[row], sample(x[0, row], positions[row], sampling))
+        assert torch.equal(torch.ops.llama.swiglu(x)[:, row], torch.ops.llama.swiglu(x[:, row]))
+        assert torch.equal(sample(x[0], positions, params)[row], sample(x[0, row], positions[row], params))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -249,7 +249,7 @@ def test_dequantized_slabs_equal_pytorch(library, dtype: torch.dtype, monkeypatc
     monkeypatch.setattr(kernels, "SLAB", torch.empty(5000))
     for scheme in SCHEMES[1:]:
         weight, x = stored(normal(77, 768), *scheme), torch.eye(768, dtype=dtype)
-        assert torch.equal(multiply(x, *weight), kernels.dequantize(*weight, dtype).T)
+        assert torch.equal(multiply(x, *weight), dequantize(*weight, dtype).T)
 
 
 @pytest.mark.parametrize("weights", ["target", "int8", "int4"])
@@ -290,7 +290,7 @@ def test_a_size_that_the_kernels_do_not_take_goes_to_pytorch(n_in: int, groupsiz
     for rows in (1, 65):
         for dtype in (torch.bfloat16, torch.float32, torch.float64):
             x = normal(rows, n_in).to(dtype)
-            exact = x.double() @ kernels.dequantize(*weight, torch.float32).double().T
+            exact = x.double() @ dequantize(*weight, torch.float32).double().T
             error = (multiply(x, *weight).double() - exact).abs().max()
             assert error <= 2**-6 * exact.abs().max() + 1e-3 * n_in**0.5 * 0.02, (rows, dtype)
 
@@ -299,7 +299,7 @@ def test_a_size_that_the_kernels_do_not_take_goes_to_pytorch(n_in: int, groupsiz
 def test_heads_of_any_size_give_the_definition(head_dim: int) -> None:
     inputs = attention_inputs(2, 300, (2, 1, head_dim))
     copies = [tensor.clone() for tensor in inputs]
-    y, expected = kernels.attention(*inputs), reference_attention(*copies)
+    y, expected = torch.ops.llama.attention(*inputs), reference_attention(*copies)
     assert (y.double() - expected).abs().max() < 2**-7 * expected.abs().max() + 1e-2
 
 
@@ -309,18 +309,18 @@ def build(tmp_path: Path, monkeypatch) -> Callable:
 
     def built(*flags: str) -> ctypes.CDLL | None:
         monkeypatch.setattr(cpu, "FLAGS", list(flags))
-        cpu.library.cache_clear()
-        return cpu.library()
+        load_library.cache_clear()
+        return load_library()
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     yield built
-    cpu.library.cache_clear()
+    load_library.cache_clear()
 
 
 @pytest.mark.slow
 def test_a_build_that_does_not_load_is_built_again(tmp_path: Path) -> None:
     """In processes of their own, for a library is loaded once in a process; one line says so."""
-    code = "from kernels import cpu; print(cpu.library().replay)"
+    code = "from kernels import cpu; print(load_library().replay)"
     run_cli("-c", code, XDG_CACHE_HOME=str(tmp_path))
     (path,) = tmp_path.glob("*/*.so")
     size = path.stat().st_size
@@ -397,7 +397,7 @@ def test_another_source_flag_or_cpu_gets_another_build(tmp_path: Path, monkeypat
 
 @pytest.mark.slow
 def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
-    code = "from kernels import cpu; import sys; sys.exit(cpu.library() is None)"
+    code = "from kernels import cpu; import sys; sys.exit(load_library() is None)"
     command, environment = [sys.executable, "-c", code], os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     codes: list[int] = []
 
@@ -441,7 +441,7 @@ for bits, groupsize in t.SCHEMES:
         t.multiply(t.normal(1, 20, n_in), *weight)
 for heads in ((4, 4, 64), (8, 1, 80), (4, 2, 24)):
     for filled, rows in ((1, 1), (257, 16), (700, 3), (720, 16)):
-        kernels.attention(*t.attention_inputs(rows, filled, heads))
+        torch.ops.llama.attention(*t.attention_inputs(rows, filled, heads))
 import test_replay as r
 torch.set_num_threads(3)
 for seed in range(2):

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import assert_close, generated, make_sampling, new_engine
+from conftest import assert_close, generated, make_params, new_engine
 
 from checkpoint import load_model, read_checkpoint
 from model import ModelArgs, rope_frequencies
-from scripts.convert_hf_checkpoint import convert
+from scripts.convert_hf_checkpoint import check_args, convert
 
 LLAMA_3 = {
     "rope_type": "llama3",
@@ -35,7 +35,7 @@ CONFIGS = {
 
 
 def split_logits(model, tokens: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """Logits of `tokens` [B, S], run in consecutive pieces of the given sizes on a fresh cache."""
+    """Logits of `tokens` [B, S], run in consecutive chunks of the given sizes on a fresh cache."""
     cache, start, logits = model.make_cache(tokens.shape[1], tokens.shape[0]), 0, []
     for size in sizes:
         logits.append(model(tokens[:, start : start + size], torch.arange(start, start + size), cache))
@@ -51,10 +51,10 @@ def test_logits_and_greedy_text_equal_transformers(random_llama, name: str) -> N
     with torch.inference_mode():
         assert_close(split_logits(model, tokens, [40]), reference(tokens).logits)
         theirs = reference.generate(tokens[:1], max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert generated(new_engine(model), tokens[0].tolist(), 30, make_sampling()) == theirs[0, 40:].tolist()
+    assert generated(new_engine(model), tokens[0].tolist(), 30, make_params()) == theirs[0, 40:].tolist()
 
 
-ODD = {  # sizes at and beyond those that the kernels have room for, or assume
+ODD = {  # sizes at and beyond the limits of the kernels
     "heads of 1,024": {"head_dim": 1024, "num_attention_heads": 2, "num_key_value_heads": 1},
     "heads of 1,026": {"head_dim": 1026, "num_attention_heads": 2, "num_key_value_heads": 1},
     "heads of 2,048": {"head_dim": 2048, "num_attention_heads": 1, "num_key_value_heads": 1},
@@ -67,7 +67,7 @@ ODD = {  # sizes at and beyond those that the kernels have room for, or assume
 
 @pytest.mark.parametrize("name", ODD)
 def test_sizes_that_the_kernels_do_not_take_run_all_the_same(random_llama, name: str) -> None:
-    """In bfloat16, 1 and 12 rows: near transformers' float32, and with one position to its end."""
+    """Logits in bfloat16, of 1 and 12 rows, near transformers' float32; one position is used to its end."""
     reference, folder = random_llama(**ODD[name])
     model = load_model(read_checkpoint(convert(folder, "bfloat16")), "cpu", torch.bfloat16)
     positions = min(12, model.args.max_seq_length)
@@ -77,12 +77,12 @@ def test_sizes_that_the_kernels_do_not_take_run_all_the_same(random_llama, name:
         for sizes in ([positions], [1] * positions):
             error = (split_logits(model, tokens, sizes) - theirs).abs().max()
             assert error < 0.06 * theirs.abs().max()
-    count = len(generated(new_engine(model), tokens[0].tolist(), 3, make_sampling()))
+    count = len(generated(new_engine(model), tokens[0].tolist(), 3, make_params()))
     assert count == min(3, model.args.max_seq_length - positions + 1)
 
 
 def test_frequencies_of_llama_3_are_transformers() -> None:
-    """Fast channels as they were, slow ones divided, those between by both."""
+    """High frequencies unchanged, low ones divided, between them a smooth transition."""
     from transformers import LlamaConfig  # noqa: PLC0415
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: PLC0415
 
@@ -92,7 +92,9 @@ def test_frequencies_of_llama_3_are_transformers() -> None:
     fields = {"dim": 4096, "n_layer": 1, "n_head": 32, "n_kv_head": 8, "head_dim": 128, "ffn_dim": 1, "vocab_size": 1}
     fields |= {"norm_eps": 1e-5, "rope_theta": 500000.0, "max_seq_length": 131072}
     plain = rope_frequencies(ModelArgs(**fields, rope_scale=1.0))
-    ours = rope_frequencies(ModelArgs(**fields, rope_scale=8.0, rope_low=1.0, rope_high=4.0, rope_positions=8192))
+    scaling = {"rope_scale": 8.0, "rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0}
+    scaling["rope_original_max_position_embeddings"] = 8192
+    ours = rope_frequencies(ModelArgs(**fields, **scaling))
     assert (ours / theirs - 1).abs().max() < 1e-6
     assert torch.equal(ours[:16], plain[:16]) and torch.equal(ours[-16:], plain[-16:] / 8)
     assert ((ours < plain) & (ours > plain / 8)).sum() > 3
@@ -129,15 +131,16 @@ def test_two_conversations_on_one_model_do_not_disturb_each_other(target) -> Non
 
 
 @torch.inference_mode()
-def test_what_lies_behind_the_position_does_not_matter(target) -> None:
+def test_cached_values_after_the_position_do_not_matter(target) -> None:
     tokens, pos = torch.randint(3, 2048, (1, 20), generator=torch.Generator().manual_seed(5)), torch.arange(20)
     clean, dirty = target.make_cache(32), target.make_cache(700)
     dirty.fill_(float("nan"))
     assert torch.equal(target(tokens, pos, clean), target(tokens, pos, dirty))
 
 
-def test_args_refuse_what_is_no_shape(target) -> None:
-    fields = dataclasses.asdict(target.args)
+def test_args_that_are_no_shape_are_refused(target) -> None:
+    """Errors of the converter that name the field."""
+    check_args(target.args)
     for change in (
         {"dim": 0},
         {"dim": "256"},
@@ -147,4 +150,4 @@ def test_args_refuse_what_is_no_shape(target) -> None:
         {"head_dim": 31},
     ):
         with pytest.raises(ValueError, match=next(iter(change))):
-            ModelArgs(**(fields | change))
+            check_args(dataclasses.replace(target.args, **change))

@@ -1,9 +1,16 @@
-"""Texts on which tokenizers differ, if they do."""
+"""Texts on which tokenizers differ, if they do, and the chat template of Llama 2."""
 
 import random
 import unicodedata
 from functools import cache
 
+# https://github.com/meta-llama/llama/blob/main/llama/generation.py, chat_completion
+LLAMA_2_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] "
+    "{% if loop.index == 2 and messages[0].role == 'system' %}<<SYS>>\n{{ messages[0].content }}\n<</SYS>>\n\n"
+    "{% endif %}{{ m.content | trim }} [/INST]{% elif m.role == 'assistant' %} {{ m.content | trim }} "
+    "{{ eos_token }}{% endif %}{% endfor %}"
+)
 PROSE = [
     "The quick brown fox jumps over the lazy dog. It'S what I'Ve HEARD, you'Ll see; don't they'RE i'M he'D WE'll ſ'ſ",
     "Zwölf Boxkämpfer jagen Viktor über den großen Sylter Deich — „quer“, naïve café, résumé.",
@@ -19,19 +26,19 @@ SPACES = " \t\n\r\x0b\x0c\x1c\x1f\x85\xa0\u1680\u2000\u200a\u2028\u2029\u202f\u2
 
 
 def known(code: int) -> bool:
-    """Whether this Python's Unicode has the character: in others, libraries of other versions may differ."""
+    """True if this Python's Unicode has the character; about the others, libraries of other versions may differ."""
     return unicodedata.category(chr(code)) not in ("Cn", "Cs")
 
 
 @cache
 def characters() -> list[list[int]]:
-    """Those of each plane that has some."""
+    """The known characters of each plane of Unicode that has some."""
     planes = [[code for code in range(plane << 16, (plane + 1) << 16) if known(code)] for plane in range(17)]
     return [plane for plane in planes if plane]
 
 
 def texts(count: int, seed: int = 0) -> list[str]:
-    """`count` texts: those above, then random ones of pieces of these, of spaces, and of characters of every plane."""
+    """`count` texts: PROSE, then random ones from pieces of it, from spaces, and from characters of every plane."""
     draw, made, planes = random.Random(seed), list(PROSE), characters()
     while len(made) < count:
         parts = []
