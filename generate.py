@@ -6,11 +6,12 @@ Engine and generate() work on token ids; Session and main() add text, flags and 
 """
 
 import argparse
+import itertools
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 
@@ -99,6 +100,29 @@ class Engine:
         self.cached_ids += ids
         return tokens
 
+    def decode(self, token: int, params: SamplingParams) -> Iterator[int]:
+        """Yield the tokens that follow `token`, one pass each.
+
+        On CUDA a pass is started before the sample of the one before is read, so that the device never waits.
+        """
+        while not self.kv_cache.is_cuda or tp.WORLD_SIZE > 1:
+            [token] = self.forward([token], params)
+            yield token
+        host_samples = torch.empty(2, 1, dtype=torch.int64, pin_memory=True)  # in turn
+        inputs = torch.tensor([[token], [len(self.cached_ids)]], device=self.kv_cache.device)
+        samples = self.start_pass(inputs, params)
+        for i in itertools.count():
+            host_samples[i % 2].copy_(samples, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+            if len(self.cached_ids) + 1 < self.max_seq_length:
+                inputs = torch.stack([samples.clamp(min=0), inputs[1] + 1])
+                samples = self.start_pass(inputs, params)
+            copied.synchronize()
+            self.cached_ids.append(token)
+            [token] = self.read(host_samples[i % 2])
+            yield token
+
     def prefill(self, prompt: list[int], params: SamplingParams) -> list[int]:
         """Run the tokens of `prompt` that are not cached, in chunks: the token [1] that follows."""
         chunk = PREFILL_CHUNK[self.kv_cache.device.type]
@@ -164,6 +188,7 @@ def generate(engine: Engine, prompt: list[int], max_new_tokens: int, eos_ids, pa
     ids = list(prompt)
     end = min(len(prompt) + max_new_tokens, engine.max_seq_length + 1)
     draft = speculation.draft if speculation else None
+    decoded = None
     try:
         engine.match_prefix(prompt)
         tokens = engine.prefill(prompt, params)
@@ -178,7 +203,8 @@ def generate(engine: Engine, prompt: list[int], max_new_tokens: int, eos_ids, pa
             if speculation:
                 tokens = speculation.speculative_decode(engine, ids, end - len(ids), params)
             else:
-                tokens = engine.forward([token], params)
+                decoded = decoded or engine.decode(token, params)
+                tokens = [next(decoded)]
     finally:
         for each in (engine, draft):
             if each:

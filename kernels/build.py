@@ -14,7 +14,7 @@ from pathlib import Path
 
 import utils
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+FOLDER = Path(__file__).parent  # of cpu.cpp and its headers
 CPUINFO = Path("/proc/cpuinfo")
 FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-pthread", "-shared", "-fPIC", "-w"]
 EXTRA_FLAGS: list[str] = []
@@ -23,7 +23,8 @@ EXTRA_FLAGS: list[str] = []
 def library_path(command: list[str]) -> Path:
     """The kept library. Its name depends on source, compiler, flags and CPU, because several hosts may share a home."""
     features = [line for line in CPUINFO.read_text().splitlines() if line.startswith(("flags", "Features"))]
-    key = hashlib.sha256(SOURCE.read_bytes() + f"{command} {features[:1]}".encode()).hexdigest()
+    sources = b"".join(path.read_bytes() for path in sorted(FOLDER.glob("*.[ch]*")))
+    key = hashlib.sha256(sources + f"{command} {features[:1]}".encode()).hexdigest()
     home = os.environ.get("HOME") or os.devnull
     folder = Path(os.environ.get("XDG_CACHE_HOME") or f"{home}/.cache")
     return folder / "llama_cpu_kernels" / f"cpu-{key[:24]}.so"
@@ -31,7 +32,7 @@ def library_path(command: list[str]) -> Path:
 
 def compile_library(command: list[str], path: Path) -> None:
     """Run the compiler. OSError with the last line that it prints if it fails."""
-    done = subprocess.run([*command, SOURCE, "-o", path], capture_output=True, text=True, errors="replace")
+    done = subprocess.run([*command, FOLDER / "cpu.cpp", "-o", path], capture_output=True, text=True, errors="replace")
     if done.returncode != 0:
         lines = done.stderr.splitlines() or [f"exit status {done.returncode}"]
         raise OSError(lines[-1])

@@ -1,7 +1,7 @@
-"""Few rows in bfloat16 on CUDA: Triton kernels for products with stored weights, attention, norms; the captured step.
+"""Few rows in bfloat16 on CUDA: Triton kernels for products, attention, norms and sampling, and CUDA graphs.
 
 Row i of many is bit for bit that row alone: it passes through the same instructions, whatever else is in its tile.
-Positions are read on the device, so one CUDA graph of a step holds for all of them.
+Positions are read on the device, so one CUDA graph of a step serves all of them.
 """
 
 import math
@@ -15,12 +15,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr
 
+import sampling
+
 TILE = constexpr(8)  # rows of a product on tensor cores: the fewest that they take
 WORDS = constexpr(128)  # words of 8 weights in 4 bits that are multiplied at once
 SIXTEEN = 0x41800000  # the bits of 16.0 in float32
-HEADS = constexpr(16)  # rows of attention, the same
+HEADS = constexpr(16)  # rows of attention on tensor cores: the fewest that they take
 BLOCK = constexpr(64)  # positions that are attended to at once
-SPLITS = constexpr(128)  # programs that share out the blocks of a long sequence
+SPLITS = constexpr(128)  # programs that share the blocks of a long sequence
 # Triton's interpreter, by which a CPU tests these kernels, does not multiply bfloat16.
 TYPE = constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
 
@@ -31,16 +33,16 @@ def _linear(x, weight, scale, y, rows, n_in, n_out, SIZE: constexpr, G: constexp
     channel = (tl.program_id(0) * N + tl.arange(0, N))[None, :]
     row = tl.program_id(1) * TILE + tl.arange(0, TILE)
     parts = n_in // SIZE
-    sums = tl.zeros([G, N, TILE], tl.float32)
+    acc = tl.zeros([G, N, TILE], tl.float32)
     for first in tl.range(0, parts, G, num_stages=3):
         part = first + tl.arange(0, G)[:, None]
-        known = (part < parts) & (channel < n_out)
-        at = channel * parts + part
-        w = tl.load(weight + at[:, :, None] * SIZE + tl.arange(0, SIZE), known[:, :, None], 0)
-        at_x = row * n_in + part[:, :, None] * SIZE + tl.arange(0, SIZE)[:, None]
-        v = tl.load(x + at_x, (part[:, :, None] < parts) & (row < rows), 0)
-        sums = tl.dot(w.to(TYPE), v.to(TYPE), sums)
-    out = tl.sum(sums, 0)  # [N, TILE]
+        mask = (part < parts) & (channel < n_out)
+        offsets = channel * parts + part
+        w = tl.load(weight + offsets[:, :, None] * SIZE + tl.arange(0, SIZE), mask[:, :, None], 0)
+        offsets = row * n_in + part[:, :, None] * SIZE + tl.arange(0, SIZE)[:, None]
+        v = tl.load(x + offsets, (part[:, :, None] < parts) & (row < rows), 0)
+        acc = tl.dot(w.to(TYPE), v.to(TYPE), acc)
+    out = tl.sum(acc, 0)  # [N, TILE]
     channel = tl.program_id(0) * N + tl.arange(0, N)[:, None]
     if scale is not None:
         out *= tl.load(scale + channel, channel < n_out, 0)
@@ -49,22 +51,22 @@ def _linear(x, weight, scale, y, rows, n_in, n_out, SIZE: constexpr, G: constexp
 
 @triton.jit
 def _pair(word):
-    """The two bfloat16 numbers in each word, the low one first, in float32."""
+    """Unpack the two bfloat16 numbers in each word to float32, the low one first."""
     return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _word_sums(w, x, inside, sixteen):
-    """For words w [N, WORDS] of 8 levels, and the pairs of one row at x [WORDS]: sums of level * x, and of x.
+def _word_sums(w, x, mask, sixteen):
+    """Sums of level * x, and of x, for words w [N, WORDS] of 8 levels and the pairs of one row at x [WORDS].
 
-    A level is put into the mantissa of 256.0 or of 16.0, whose bits are given as an argument: so masking and adding
+    A level is put into the mantissa of 256.0 or of 16.0. The bits of 16.0 are an argument, so that masking and adding
     them is one instruction.
     """
     products = tl.zeros(w.shape, tl.float32)
     evens = tl.zeros([WORDS], tl.float32)
     odds = tl.zeros([WORDS], tl.float32)
     for i in tl.static_range(4):  # levels 2 i and 2 i + 1
-        even, odd = _pair(tl.load(x + i, inside, 0))
+        even, odd = _pair(tl.load(x + i, mask, 0))
         bits = w << 15 - 8 * i if i < 2 else w >> 8 * i - 15  # the levels at bits 15 and 19
         products += (bits & 0x78000 | sixteen + 0x2000000).to(tl.float32, bitcast=True) * even[None, :]
         products += (bits & 0x780000 | sixteen).to(tl.float32, bitcast=True) * odd[None, :]
@@ -77,44 +79,44 @@ def _word_sums(w, x, inside, sixteen):
 def _linear_int4(
     x, weight, scale, minimum, y, rows, words, n_out, sixteen, PER: constexpr, ROWS: constexpr, N: constexpr
 ):
-    """N output channels of ROWS rows, from words of 8 levels, PER of them in a group, by additions in float32.
+    """N output channels of ROWS rows in float32, from words of 8 levels, PER of them in a group.
 
-    No tensor cores: with them one row took 1.75 times as long on an H100 (BENCHMARKS.md). Of a group, sum x (scale *
-    level + minimum) = scale * sum x level + minimum * sum x.
+    No tensor cores, because one row took 1.75 times as long with them on an H100 (BENCHMARKS.md). For each group,
+    sum x (scale * level + minimum) = scale * sum x level + minimum * sum x.
     """
     channel = tl.program_id(0) * N + tl.arange(0, N)[:, None]
     row = tl.program_id(1) * ROWS
     groups = words // PER
-    sums = ()  # of each row
+    acc = ()  # of each row
     for _ in tl.static_range(ROWS):
-        sums += (tl.zeros([N, WORDS // PER], tl.float32),)
+        acc += (tl.zeros([N, WORDS // PER], tl.float32),)
     for first in tl.range(0, words, WORDS, num_stages=3):
         word = first + tl.arange(0, WORDS)
         w = tl.load(weight + channel * words + word, (channel < n_out) & (word < words), 0)
         group = first // PER + tl.arange(0, WORDS // PER)
-        known = (channel < n_out) & (group < groups)
-        step = tl.load(scale + channel * groups + group, known, 0).to(tl.float32)
-        base = tl.load(minimum + channel * groups + group, known, 0).to(tl.float32)
-        added = ()
+        mask = (channel < n_out) & (group < groups)
+        group_scale = tl.load(scale + channel * groups + group, mask, 0).to(tl.float32)
+        group_minimum = tl.load(minimum + channel * groups + group, mask, 0).to(tl.float32)
+        next_acc = ()
         for r in tl.static_range(ROWS):
-            inside = (word < words) & (row + r < rows)
-            products, total = _word_sums(w, x + 4 * ((row + r) * words + word), inside, sixteen)
+            mask = (word < words) & (row + r < rows)
+            products, total = _word_sums(w, x + 4 * ((row + r) * words + word), mask, sixteen)
             products = tl.sum(tl.reshape(products, (N, WORDS // PER, PER)), 2)
             total = tl.sum(tl.reshape(total, (WORDS // PER, PER)), 1)
-            added += (sums[r] + products * step + total[None, :] * base,)
-        sums = added
+            next_acc += (acc[r] + products * group_scale + total[None, :] * group_minimum,)
+        acc = next_acc
     channel = tl.program_id(0) * N + tl.arange(0, N)
     for r in tl.static_range(ROWS):
-        inside = (row + r < rows) & (channel < n_out)
-        tl.store(y + (row + r) * n_out + channel, tl.sum(sums[r], 1).to(tl.bfloat16), inside)
+        mask = (row + r < rows) & (channel < n_out)
+        tl.store(y + (row + r) * n_out + channel, tl.sum(acc[r], 1).to(tl.bfloat16), mask)
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None) -> Tensor:
-    """`kernels.Linear` of contiguous rows x [..., n_in]; n_in is a multiple of 32."""
+    """model.linear for contiguous rows x [..., n_in]; n_in is a multiple of 32."""
     n_in, n_out = x.shape[-1], len(weight)
     rows = x.numel() // n_in
     y = x.new_empty(*x.shape[:-1], n_out)
-    channels = 16  # so few that there are as many programs as keep a large GPU busy
+    channels = 16  # few, so that there are enough programs to keep a large GPU busy
     programs = triton.cdiv(n_out, channels)
     if minimum is None:
         size = math.gcd(n_in, 64)
@@ -123,8 +125,8 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | No
         return y
     tiles = triton.cdiv(rows, 8)
     words, per = n_in // 8, n_in // minimum.shape[1] // 8
-    given = x.view(torch.int32), weight.view(torch.int32), scale, minimum, y, rows, words, n_out, SIXTEEN
-    _linear_int4[programs, tiles](*given, per, triton.cdiv(rows, tiles), channels)
+    args = x.view(torch.int32), weight.view(torch.int32), scale, minimum, y, rows, words, n_out, SIXTEEN
+    _linear_int4[programs, tiles](*args, per, triton.cdiv(rows, tiles), channels)
     return y
 
 
@@ -132,21 +134,21 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | No
 def _dequantize(weight, scale, minimum, y, groups, SHARE: constexpr, BYTES: constexpr, G: constexpr):
     """G groups of BYTES bytes each, of which SHARE have a scale in common."""
     group = tl.program_id(0) * G + tl.arange(0, G)[:, None]
-    known = group < groups
-    at = group * BYTES + tl.arange(0, BYTES)
-    levels = tl.load(weight + at, known, 0)
-    step = tl.load(scale + group // SHARE, known, 0).to(tl.float32)
+    mask = group < groups
+    offsets = group * BYTES + tl.arange(0, BYTES)
+    levels = tl.load(weight + offsets, mask, 0)
+    step = tl.load(scale + group // SHARE, mask, 0).to(tl.float32)
     if minimum is None:
-        tl.store(y + at, (levels * step).to(tl.bfloat16), known)
+        tl.store(y + offsets, (levels * step).to(tl.bfloat16), mask)
     else:
-        base = tl.load(minimum + group, known, 0).to(tl.float32)
+        base = tl.load(minimum + group, mask, 0).to(tl.float32)
         numbers = tl.join((levels & 15) * step + base, (levels >> 4) * step + base)
-        at = group * 2 * BYTES + tl.arange(0, 2 * BYTES)
-        tl.store(y + at, tl.reshape(numbers, (G, 2 * BYTES)).to(tl.bfloat16), known)
+        offsets = group * 2 * BYTES + tl.arange(0, 2 * BYTES)
+        tl.store(y + offsets, tl.reshape(numbers, (G, 2 * BYTES)).to(tl.bfloat16), mask)
 
 
 def dequantize(weight: Tensor, scale: Tensor, minimum: Tensor | None) -> Tensor:
-    """`kernels.dequantize` to bfloat16, of a contiguous weight."""
+    """model.dequantize to bfloat16, for a contiguous weight."""
     n_out, width = weight.shape  # in bytes
     size = math.gcd(width, 64) if minimum is None else width // minimum.shape[1]
     share = width // size if minimum is None else 1
@@ -160,71 +162,95 @@ def dequantize(weight: Tensor, scale: Tensor, minimum: Tensor | None) -> Tensor:
 def _rms_norm(x, weight, y, eps, D: constexpr, WIDE: constexpr):
     """One row, in float32."""
     d = tl.arange(0, WIDE)
-    at = tl.program_id(0) * D + d
-    row = tl.load(x + at, d < D, 0).to(tl.float32)
-    scaled = row * tl.rsqrt(tl.sum(row * row) / D + eps) * tl.load(weight + d, d < D, 0)
-    tl.store(y + at, scaled.to(tl.bfloat16), d < D)
+    mask = d < D
+    offsets = tl.program_id(0) * D + d
+    row = tl.load(x + offsets, mask, 0).to(tl.float32)
+    scaled = row * tl.rsqrt(tl.sum(row * row) / D + eps) * tl.load(weight + d, mask, 0)
+    tl.store(y + offsets, scaled.to(tl.bfloat16), mask)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`kernels.RMSNorm` of contiguous rows x [..., dim]."""
+    """model.rms_norm for contiguous rows x [..., dim]."""
     dim, y = x.shape[-1], torch.empty_like(x)
-    _rms_norm[x.numel() // dim,](x, weight, y, eps, dim, triton.next_power_of_2(dim))
+    wide = triton.next_power_of_2(dim)
+    _rms_norm[x.numel() // dim,](x, weight, y, eps, dim, wide, num_warps=8 if wide > 2048 else 4)
+    return y
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _swiglu(x, y, rows, ffn, BLOCK: constexpr):
+    """silu of the gates, rounded, times the second half, for BLOCK channels of all rows in one."""
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < rows * ffn
+    gates = x + offsets // ffn * ffn + offsets  # skips the second half of earlier rows
+    gate = tl.load(gates, mask, 0).to(tl.float32)
+    up = tl.load(gates + ffn, mask, 0).to(tl.float32)
+    gate = (gate / (1 + tl.exp(-gate))).to(tl.bfloat16).to(tl.float32)
+    tl.store(y + offsets, (gate * up).to(tl.bfloat16), mask)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """model.swiglu for contiguous rows x [..., 2 * ffn]."""
+    ffn = x.shape[-1] // 2
+    y = x.new_empty(*x.shape[:-1], ffn)
+    _swiglu[triton.cdiv(y.numel(), 256),](x, y, y.numel() // ffn, ffn, 256, num_warps=1)
     return y
 
 
 @triton.jit
-def _turned(x, known, position, frequencies, D: constexpr, WIDE: constexpr):
-    """The `known` ones of the heads [HEADS, WIDE] that begin at `x`, turned to their positions by RoPE in float32."""
-    d = tl.arange(0, WIDE)
-    inside = known[:, None] & (d < D)
-    angle = position[:, None].to(tl.float32) * tl.load(frequencies + d % (D // 2), d < D, 0)
-    here = tl.load(x[:, None] + d, inside, 0).to(tl.float32)
-    there = tl.load(x[:, None] + (d + D // 2) % D, inside, 0).to(tl.float32)
+def _apply_rope(x, mask, position, rope, D: constexpr, WIDE: constexpr):
+    """Rotate the heads [HEADS, WIDE] at `x` to their positions, in float32, where `mask` is set."""
+    d = tl.arange(0, WIDE)[None, :]
+    mask = mask[:, None] & (d < D)
+    angle = rope + position[:, None] * D + d % (D // 2)
+    cos = tl.load(angle, mask, 0)
+    sin = tl.load(angle + D // 2, mask, 0)
+    here = tl.load(x[:, None] + d, mask, 0).to(tl.float32)
+    there = tl.load(x[:, None] + (d + D // 2) % D, mask, 0).to(tl.float32)
     there = tl.where(d < D // 2, -there, there)
-    return (here * tl.cos(angle) + there * tl.sin(angle)).to(tl.bfloat16)
+    return (here * cos + there * sin).to(tl.bfloat16)
 
 
 @triton.jit
-def _update(new, step, frequencies, keys, values, start, end, D: constexpr, WIDE: constexpr):
-    """Write those of the keys at `new` [HEADS], and of the values `step` behind, whose blocks are this program's."""
+def _update_cache(new, v_offset, rope, keys, values, start, end, D: constexpr, WIDE: constexpr):
+    """Write the keys at `new` [HEADS] and their values, v_offset further, if this program owns their blocks."""
     d = tl.arange(0, WIDE)
     position = start + tl.arange(0, HEADS)
     mine = (position < end) & (position // BLOCK % SPLITS == tl.program_id(1))
-    at = position[:, None] * D + d
-    inside = mine[:, None] & (d < D)
-    tl.store(keys + at, _turned(new, mine, position, frequencies, D, WIDE), inside)
-    tl.store(values + at, tl.load(new[:, None] + step + d, inside, 0), inside)
-    tl.debug_barrier()  # other threads read next what these have written
+    offsets = position[:, None] * D + d
+    mask = mine[:, None] & (d < D)
+    tl.store(keys + offsets, _apply_rope(new, mine, position, rope, D, WIDE), mask)
+    tl.store(values + offsets, tl.load(new[:, None] + v_offset + d, mask, 0), mask)
+    tl.debug_barrier()  # because other threads read next what these have written
 
 
 @triton.jit
 def _online_softmax(q, position, keys, values, end, D: constexpr, WIDE: constexpr):
-    """Attention of q [HEADS, WIDE] to every SPLITS-th block: the mean of its values, the log of the sum of weights.
+    """Attention of q [HEADS, WIDE] to every SPLITS-th block: the mean of their values, the log of the sum of weights.
 
     https://arxiv.org/abs/2205.14135
     """
     d, t = tl.arange(0, WIDE), tl.arange(0, BLOCK)
-    top = tl.full([HEADS], float("-inf"), tl.float32)
-    total = tl.zeros([HEADS], tl.float32)
-    sums = tl.zeros([HEADS, WIDE], tl.float32)
+    m_i = tl.full([HEADS], float("-inf"), tl.float32)
+    l_i = tl.zeros([HEADS], tl.float32)
+    acc = tl.zeros([HEADS, WIDE], tl.float32)
     for block in tl.range(tl.program_id(1) * BLOCK, end, SPLITS * BLOCK, num_stages=2):
-        at = (block + t)[:, None] * D + d
-        filled = (block + t < end)[:, None] & (d < D)
-        scores = tl.dot(q, tl.trans(tl.load(keys + at, filled, 0).to(TYPE))) * D**-0.5
+        offsets = (block + t)[:, None] * D + d
+        mask = (block + t < end)[:, None] & (d < D)
+        scores = tl.dot(q, tl.trans(tl.load(keys + offsets, mask, 0).to(TYPE))) * D**-0.5
         scores = tl.where(block + t <= position[:, None], scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp(scores - higher[:, None])
-        shrink = tl.exp(top - higher)
-        total = total * shrink + tl.sum(weights, 1)
-        mean = tl.dot(weights.to(tl.bfloat16).to(TYPE), tl.load(values + at, filled, 0).to(TYPE))
-        sums = sums * shrink[:, None] + mean
-        top = higher
-    return sums / total[:, None], top + tl.log(total)
+        m_new = tl.maximum(m_i, tl.max(scores, 1))
+        weights = tl.exp(scores - m_new[:, None])
+        alpha = tl.exp(m_i - m_new)
+        l_i = l_i * alpha + tl.sum(weights, 1)
+        mean = tl.dot(weights.to(tl.bfloat16).to(TYPE), tl.load(values + offsets, mask, 0).to(TYPE))
+        acc = acc * alpha[:, None] + mean
+        m_i = m_new
+    return acc / l_i[:, None], m_i + tl.log(l_i)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _attend(
+def _attention_split(
     qkv, rope, input_pos, cache, partial, logs, rows, capacity, D: constexpr, WIDE: constexpr, GROUP: constexpr
 ):
     """One KV head and split, for the GROUP query heads of each row; first its new keys and values."""
@@ -240,44 +266,128 @@ def _attend(
     r, d = tl.arange(0, HEADS), tl.arange(0, WIDE)
     for first in range(0, rows, HEADS):
         new = qkv + (first + r) * width + (n_head + h) * D
-        _update(new, n_kv_head * D, rope, keys, values, start + first, end, D, WIDE)
+        _update_cache(new, n_kv_head * D, rope, keys, values, start + first, end, D, WIDE)
     for first in range(0, rows * GROUP, HEADS):
         row = (first + r) // GROUP
         head = h * GROUP + (first + r) % GROUP
-        q = _turned(qkv + row * width + head * D, row < rows, start + row, rope, D, WIDE)
+        q = _apply_rope(qkv + row * width + head * D, row < rows, start + row, rope, D, WIDE)
         mean, log = _online_softmax(q.to(TYPE), start + row, keys, values, end, D, WIDE)
-        at = (row * n_head + head) * SPLITS + split
-        tl.store(partial + at[:, None] * D + d, mean, (row < rows)[:, None] & (d < D))
-        tl.store(logs + at, log, row < rows)
+        offsets = (row * n_head + head) * SPLITS + split
+        tl.store(partial + offsets[:, None] * D + d, mean, (row < rows)[:, None] & (d < D))
+        tl.store(logs + offsets, log, row < rows)
 
 
 @triton.jit
-def _combine(partial, logs, input_pos, y, n_head, D: constexpr, WIDE: constexpr):
-    """One head of one row: the mean over its splits, up to its own position."""
-    i, split, d = tl.program_id(0), tl.arange(0, SPLITS), tl.arange(0, WIDE)
+def _reduce_splits(partial, logs, input_pos, y, n_head, D: constexpr, WIDE: constexpr, COUNT: constexpr):
+    """One head of one row: the mean over its COUNT splits or fewer, up to its own position."""
+    i, split, d = tl.program_id(0), tl.arange(0, COUNT), tl.arange(0, WIDE)
     position = tl.load(input_pos).to(tl.int32) + i // n_head
     used = split <= position // BLOCK
-    at = i * SPLITS + split
-    log = tl.load(logs + at, used, float("-inf"))
+    offsets = i * SPLITS + split
+    log = tl.load(logs + offsets, used, float("-inf"))
     share = tl.exp(log - tl.max(log, 0))[:, None]
-    parts = tl.load(partial + at[:, None] * D + d, used[:, None] & (d < D), 0)
+    parts = tl.load(partial + offsets[:, None] * D + d, used[:, None] & (d < D), 0)
     tl.store(y + i * D + d, (tl.sum(parts * share, 0) / tl.sum(share)).to(tl.bfloat16), d < D)
 
 
-def attention(qkv: Tensor, frequencies: Tensor, input_pos: Tensor, cache: Tensor) -> Tensor:
-    """`kernels.attention` of a batch of one, with a contiguous cache."""
+def attention(qkv: Tensor, rope: Tensor, input_pos: Tensor, cache: Tensor) -> Tensor:
+    """model.attention for a batch of one, with a contiguous cache."""
     _, rows, channels = qkv.shape
     _, _, n_kv_head, capacity, head_dim = cache.shape
     n_head = channels // head_dim - 2 * n_kv_head
     wide = max(16, triton.next_power_of_2(head_dim))
-    partial = frequencies.new_empty(rows * n_head, SPLITS.value, head_dim)
-    logs = frequencies.new_empty(rows * n_head, SPLITS.value)
+    partial = rope.new_empty(rows * n_head, SPLITS.value, head_dim)
+    logs = rope.new_empty(rows * n_head, SPLITS.value)
     y = qkv.new_empty(1, rows, n_head * head_dim)
-    grid = n_kv_head, min(SPLITS.value, triton.cdiv(capacity, BLOCK.value))
+    splits = min(SPLITS.value, triton.cdiv(capacity, BLOCK.value))
     shape = rows, capacity, head_dim, wide, n_head // n_kv_head
-    _attend[grid](qkv, frequencies, input_pos, cache, partial, logs, *shape, num_warps=8)
-    _combine[rows * n_head,](partial, logs, input_pos, y, n_head, head_dim, wide)
+    _attention_split[n_kv_head, splits](qkv, rope, input_pos, cache, partial, logs, *shape, num_warps=8)
+    shape = n_head, head_dim, wide, triton.next_power_of_2(splits)
+    _reduce_splits[rows * n_head,](partial, logs, input_pos, y, *shape)
     return y
+
+
+@triton.jit
+def _hash32(x):
+    """`sampling.hash32` of uint32."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _gumbel_noise(seed, position, ids):
+    """`sampling.gumbel_noise` [len(ids)] of one position."""
+    key = _hash32(_hash32(seed.to(tl.uint32, bitcast=True)) + position.to(tl.uint32))
+    bits = _hash32(_hash32(key) ^ (ids.to(tl.uint32, bitcast=True) * 0x9E3779B9)) & 0x7FFFFF
+    uniform = (bits.to(tl.float32) + 0.5) * 2.0**-23
+    return -tl.log(-tl.log(uniform))
+
+
+@triton.jit
+def _load_logits(logits, ids, vocab_size):
+    """Load logits as float32, NaN as infinity, because neither is ever sampled."""
+    values = tl.load(logits + ids, ids < vocab_size, float("-inf")).to(tl.float32)
+    return tl.where(values != values, float("inf"), values)
+
+
+@triton.jit
+def _largest(noisy, ids):
+    """The largest number, and the lowest of its ids."""
+    largest = tl.max(noisy)
+    return largest, tl.min(tl.where(noisy == largest, ids, 0x7FFFFFFF))
+
+
+@triton.jit
+def _reduce_best(best, samples, row, parts, COUNT: constexpr):
+    """Write the sample of a row, from the largest noisy logit and its id of each part, best [S, parts, 2]."""
+    part = tl.arange(0, COUNT)
+    mask = part < parts
+    offsets = (row * parts + part) * 2
+    noisy = tl.load(best + offsets, mask, -0x800000, cache_modifier=".cg").to(tl.float32, bitcast=True)  # or -inf
+    ids = tl.load(best + offsets + 1, mask, 0, cache_modifier=".cg")
+    largest, first = _largest(noisy, ids)
+    tl.store(samples + row, tl.where(tl.abs(largest) < float("inf"), first, -1).to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["stride"])
+def _sample(
+    logits, stride, input_pos, seed, temperature, best, counts, samples, vocab_size, SIZE: constexpr, COUNT: constexpr
+):
+    """The largest noisy logit of SIZE ids of a row. The last program of a row reduces them to the sample."""
+    row, part = tl.program_id(0), tl.program_id(1)
+    parts = tl.num_programs(1)
+    ids = part * SIZE + tl.arange(0, SIZE)
+    values = _load_logits(logits + row * stride, ids, vocab_size)
+    noise = _gumbel_noise(tl.load(seed), tl.load(input_pos + row), ids)
+    largest, first = _largest(values + tl.load(temperature) * noise, ids)
+    tl.store(best + (row * parts + part) * 2, largest.to(tl.int32, bitcast=True))
+    tl.store(best + (row * parts + part) * 2 + 1, first)
+    tl.debug_barrier()  # the count below publishes what is stored
+    if tl.atomic_add(counts + row, 1) == parts - 1:
+        _reduce_best(best, samples, row, parts, COUNT)
+        tl.store(counts + row, 0)
+
+
+@cache
+def program_counts(device: torch.device) -> Tensor:
+    """The number of finished programs of each row of a sample; the last program sets it to 0 again."""
+    return torch.zeros(4096, dtype=torch.int32, device=device)
+
+
+def sample(logits: Tensor, input_pos: Tensor, seed: Tensor, temperature: Tensor, *limits: float) -> Tensor:
+    """sampling.sample_reference in one kernel, after filter_logits if there are limits. A row may have any stride."""
+    rows, vocab_size = logits.shape
+    if limits != (vocab_size, 1.0, 0.0):
+        logits = sampling.filter_logits(logits.float(), *limits)
+    size = 1024
+    parts = triton.cdiv(vocab_size, size)
+    best = seed.new_empty(rows, parts, 2)
+    samples = input_pos.new_empty(rows)
+    args = logits, logits.stride(0), input_pos, seed, temperature, best, program_counts(seed.device), samples
+    # Without fused multiply-adds, as PyTorch rounds.
+    _sample[rows, parts](*args, vocab_size, size, triton.next_power_of_2(parts), enable_fp_fusion=False)
+    return samples
 
 
 pool = cache(torch.cuda.graph_pool_handle)  # graphs run one after the other, so they share their memory
