@@ -49,7 +49,7 @@ def bits_and_groupsize(layer: str, quantization: dict | None) -> tuple[int, int]
 
 
 def empty_model(args: ModelArgs, quantization: dict | None, dtype: torch.dtype) -> Transformer:
-    """A Transformer on the meta device: shapes and dtypes without memory. ValueError if groups do not divide a layer."""
+    """A Transformer on the meta device: shapes and dtypes, no memory. ValueError if groups do not divide a layer."""
     with torch.device("meta"):
         model = Transformer(args).to(dtype).eval().requires_grad_(False)
         for name, layer in model.named_modules():
@@ -82,7 +82,7 @@ def shapes(state_dict: dict[str, Tensor]) -> dict[str, tuple]:
 
 
 def load_model(checkpoint: Checkpoint, device: str, dtype: torch.dtype, shard: Callable | None = None) -> Transformer:
-    """The model of a checkpoint on `device`; its float tensors become `dtype`. What needs no change stays mapped.
+    """The model of a checkpoint on `device`; its float tensors become `dtype`. Unchanged tensors stay mapped.
 
     With tensor parallelism, `shard` (name, tensor) returns this rank's part, and `checkpoint.args` describes the part.
     """
@@ -100,7 +100,7 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: torch.dtype, shard: C
 def new_checkpoint(path: Path, header: dict, tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Write a checkpoint to `path`, whole or not at all: yield its tensors, mapped to the file, for the block to fill.
 
-    `header` has all fields but id and model. `tensors` are untouched torch.empty ones: their shapes are what counts, and
+    `header` has all fields but id and model. `tensors` are untouched torch.empty ones: only their shapes count, and
     a tensor under two names is stored once. The disk space is reserved first, because a disk that fills up under a
     mapped file kills the process: OSError.
     """

@@ -6,7 +6,6 @@ Engine and generate() work on token ids; Session and main() add text, flags and 
 """
 
 import argparse
-import itertools
 import os
 import resource
 import sys
@@ -31,7 +30,7 @@ from tokenizer import TextStreamer
 # The folder decides and not an ImportError, which would hide a broken one; a package index has a package of that name.
 HAS_KERNELS = Path(__file__).with_name("kernels").is_dir()
 if HAS_KERNELS:
-    from kernels import CapturedStep
+    from kernels import CapturedStep, decode_ahead
 
 MAX_DECODE_ROWS = 16  # tokens that a decoding step takes: one, and up to 15 guesses
 PREFILL_CHUNK = {"cpu": 512, "cuda": 2048}  # tokens of a prompt that run in one pass; bounds the memory
@@ -51,7 +50,7 @@ class Engine:
 
     def __init__(
         self, model: Transformer, max_seq_length: int, checkpoint: Checkpoint | None = None, prefix_cache=None
-    ):
+    ) -> None:
         self.model = model
         self.max_seq_length = max_seq_length
         self.kv_cache = model.make_cache(max_seq_length)
@@ -101,26 +100,11 @@ class Engine:
         return tokens
 
     def decode(self, token: int, params: SamplingParams) -> Iterator[int]:
-        """Yield the tokens that follow `token`, one pass each.
-
-        On CUDA a pass is started before the sample of the one before is read, so that the device never waits.
-        """
-        while not self.kv_cache.is_cuda or tp.WORLD_SIZE > 1:
+        """Yield the tokens that follow `token`, one pass each."""
+        if HAS_KERNELS and self.kv_cache.is_cuda and tp.WORLD_SIZE == 1:
+            yield from decode_ahead(self, token, params)
+        while True:
             [token] = self.forward([token], params)
-            yield token
-        host_samples = torch.empty(2, 1, dtype=torch.int64, pin_memory=True)  # in turn
-        inputs = torch.tensor([[token], [len(self.cached_ids)]], device=self.kv_cache.device)
-        samples = self.start_pass(inputs, params)
-        for i in itertools.count():
-            host_samples[i % 2].copy_(samples, non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record()
-            if len(self.cached_ids) + 1 < self.max_seq_length:
-                inputs = torch.stack([samples.clamp(min=0), inputs[1] + 1])
-                samples = self.start_pass(inputs, params)
-            copied.synchronize()
-            self.cached_ids.append(token)
-            [token] = self.read(host_samples[i % 2])
             yield token
 
     def prefill(self, prompt: list[int], params: SamplingParams) -> list[int]:
@@ -142,9 +126,8 @@ class Engine:
         self.match_prefix(ids)
         samples = torch.tensor(self.prefill(ids, params), device=self.kv_cache.device)
         for position in torch.arange(len(ids), len(ids) + k - 1, device=self.kv_cache.device):
-            inputs = torch.stack(
-                [samples[-1:].clamp(min=0), position[None]]
-            )  # -1 means non-finite logits; read() raises
+            # -1 means non-finite logits; read() raises.
+            inputs = torch.stack([samples[-1:].clamp(min=0), position[None]])
             samples = torch.cat([samples, self.start_pass(inputs, params)])
         tokens = self.read(samples)
         self.cached_ids = ids + tokens[:-1]
@@ -234,8 +217,8 @@ class Session:
         limits = {"top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p}
         vocab_size = self.tokenizer.vocab_size
         self.params = SamplingParams.create(args.device, 0, args.temperature, vocab_size=vocab_size, **limits)
-        self.finish_reason = ""  # of the last answer
-        self.statistics = "no answer yet"  # of the last answer
+        self.finish_reason = ""  # why the last answer ended
+        self.statistics = "no answer yet"  # the figures of the last answer
         print(f"Load time: {time.perf_counter() - start:.3f} s", file=sys.stderr)
         if args.compile or args.compile_prefill:
             self.compile([self.engine, draft] if draft else [self.engine])
@@ -253,8 +236,9 @@ class Session:
             # A CPU replays its steps instead. A compiled step runs one row as two, which costs too much in 4 bits.
             bits, _ = bits_and_groupsize("wo", engine.checkpoint.header["quantization"])
             compile_decode = self.args.compile and self.args.device == "cuda" and bits > 4
-            with utils.reading("torch.compile", "do without --compile[_prefill]"):
-                engine.compile(compile_decode, self.args.compile_prefill, self.params)
+            if compile_decode or self.args.compile_prefill:
+                with utils.reading("torch.compile", "do without --compile[_prefill]"):
+                    engine.compile(compile_decode, self.args.compile_prefill, self.params)
         print(f"Compile time: {time.perf_counter() - start:.3f} s", file=sys.stderr)
 
     def conversation(self) -> Conversation:
@@ -263,7 +247,7 @@ class Session:
         return Conversation(self.tokenizer, self.engine.max_seq_length, self.system, use_chat_template)
 
     def answer(self, prompt: list[int], i: int = 0) -> str:
-        """Print the text that follows `prompt` while it is generated, with seed + i. Return it as Tokenizer.decode does.
+        """Print the text that follows `prompt` while it is generated, with seed + i. Return it from Tokenizer.decode.
 
         In a conversation, Ctrl-C ends the answer.
         """

@@ -32,7 +32,7 @@ class PrefixCache:
     branch share the files of their common prefix. Several processes may share the folder.
 
     A file that is damaged, cut short or renamed is not used. Files are readable by their owner only, because they tell
-    what was typed. Only files that begin with MAGIC are ever deleted. Errors cost one line on stderr.
+    the words that were typed. Only files that begin with MAGIC are ever deleted. Errors cost one line on stderr.
     """
 
     MAGIC = b"llama prefix 2\n\0"
@@ -43,7 +43,7 @@ class PrefixCache:
         self.error_printed = False
 
     def blocks(self, engine: Engine, ids: list[int]) -> Iterator[tuple[int, Path, Tensor]]:
-        """Start, file and part [n_layer, 2, n_kv_head, BLOCK_SIZE, head_dim] of the KV cache, of each block of `ids`."""
+        """Start, file and part [n_layer, 2, n_kv_head, BLOCK_SIZE, head_dim] of the KV cache, for each block."""
         checkpoint, cache = engine.checkpoint, engine.kv_cache
         name = f"{checkpoint.header['id']} {checkpoint.args} {cache.dtype} {tp.RANK} {tp.WORLD_SIZE}"
         for start in range(0, len(ids) - BLOCK_SIZE + 1, BLOCK_SIZE):
@@ -114,7 +114,7 @@ class PrefixCache:
             with suppress(FileNotFoundError):
                 total += path.stat().st_size
                 if total > self.max_bytes and path.is_file() and path.read_bytes().startswith(self.MAGIC):
-                    path.unlink()  # of a symbolic link, the link and not its target
+                    path.unlink()  # a symbolic link, but not its target
 
     @contextmanager
     def errors_printed(self) -> Iterator[None]:
@@ -122,7 +122,7 @@ class PrefixCache:
         try:
             yield
         except OSError as error:
-            is_evicted = isinstance(error, FileNotFoundError)  # by another process
+            is_evicted = isinstance(error, FileNotFoundError)  # another process has evicted it
             if not self.error_printed and not is_evicted:
                 print(f"the prefix cache cannot be used: {error}; --no_cache avoids it", file=sys.stderr)
                 self.error_printed = True

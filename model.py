@@ -37,8 +37,8 @@ class ModelArgs:
 def rope_frequencies(args: ModelArgs) -> Tensor:
     """Radians [head_dim / 2] by which each pair of channels is rotated from one position to the next, in float32.
 
-    theta ** (-2 i / head_dim), https://arxiv.org/abs/2104.09864, of which the low frequencies are divided by rope_scale:
-    all of them in linear scaling, https://arxiv.org/abs/2306.15595; smoothly by the number of rotations in Llama 3's,
+    theta ** (-2 i / head_dim), https://arxiv.org/abs/2104.09864, the low ones divided by rope_scale: all
+    of them in linear scaling, https://arxiv.org/abs/2306.15595; smoothly by the number of rotations in Llama 3's,
     https://github.com/meta-llama/llama-models/blob/main/models/llama3/model.py
     """
     exponent = torch.arange(0, args.head_dim, 2, dtype=torch.float32, device="cpu") / args.head_dim
@@ -137,7 +137,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """torch.ops.llama.swiglu: silu of the first half of the channels times the second, https://arxiv.org/abs/2002.05202"""
+    """torch.ops.llama.swiglu, silu of the first half times the second. https://arxiv.org/abs/2002.05202"""
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -247,7 +247,7 @@ class Transformer(nn.Module):
         self.rope: Tensor | None = None  # no buffer, because it stays in float32; made with the cache
 
     def make_cache(self, max_seq_length: int, batch: int = 1) -> Tensor:
-        """An empty KV cache [n_layer, 2, batch, n_kv_head, max_seq_length, head_dim], and RoPE's table for its positions.
+        """An empty KV cache [n_layer, 2, batch, n_kv_head, max_seq_length, head_dim], and the RoPE table.
 
         On a CPU, memory is taken when a position is written: an unused tail costs nothing.
         """

@@ -32,10 +32,10 @@ from model import Linear, rope_table
 
 ROWS = {"cpu": 2**21, "cuda": 2**26}  # weights that are rounded at a time: long columns, so that Python costs little
 FIT_ROWS = {"cpu": 2**20, "cuda": 2**26}  # weights that are fitted at a time: they stay in the cache, or fill a GPU
-ITERATIONS = 5  # of least squares
-CLIP_RATIOS = (1.0, 0.9, 0.8, 0.7)  # of a group's range, from which least squares starts
+ITERATIONS = 5  # least squares are repeated
+CLIP_RATIOS = (1.0, 0.9, 0.8, 0.7)  # parts of a group's range, from which least squares starts
 CALIBRATION_TOKENS = 2048  # half of them give 5 % more divergence, twice as many the same
-CHUNK_TOKENS = 128  # that run at a time; bounds the memory
+CHUNK_TOKENS = 128  # tokens in a pass; bounds the memory
 TEXT = Path(__file__).with_name("README.md")
 NORMS = {"attention.wqkv": "attention_norm", "feed_forward.w13": "ffn_norm"}  # layer of a block: the norm before it
 AWQ_ALPHA = 0.25  # 0 scales no channel, 1 makes all of them equally large
@@ -157,7 +157,7 @@ def fit_scales(weight: Tensor, groupsize: int, importance: Tensor) -> Tensor:
 
 
 def fit_line(x: Tensor, y: Tensor, mean: Callable[[Tensor], Tensor]) -> Tensor:
-    """Slope and intercept [2, ..., 1] in bfloat16 of the regression line of `y` over `x`; `mean` is over the last dim."""
+    """Slope and intercept [2, ..., 1] (bfloat16) of the regression line of `y` over `x` by `mean` over the last dim."""
     center = mean(x)
     x = x - center
     slope = (mean(x * y) / mean(x.square()).clamp(min=TINY)).bfloat16()

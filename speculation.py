@@ -14,7 +14,7 @@ from sampling import SamplingParams
 
 NGRAM_LENGTHS = range(5, 1, -1)
 EXPLORE_EVERY = 32  # passes until something other than the fastest is tried
-MIN_TRIALS = 3  # of a source before it can lose, because one pass may have been unlucky
+MIN_TRIALS = 3  # passes of a source before it can lose, because one may have been unlucky
 
 
 class PromptLookup:
@@ -88,10 +88,10 @@ class Speculation:
         self.speculate_k = speculate_k  # most guesses in a pass
         self.acceptance = defaultdict(
             MovingAverage
-        )  # by source: probability that a guess is accepted, if those before were
-        self.pass_seconds = [MovingAverage() for _ in range(speculate_k + 1)]  # by number of guesses
-        self.draft_seconds = MovingAverage()  # of one guess of the draft
-        self.last_used: dict[str, int] = defaultdict(int)  # by source, the pass
+        )  # source: probability that a guess is accepted, if the guesses before it were
+        self.pass_seconds = [MovingAverage() for _ in range(speculate_k + 1)]  # index: number of guesses
+        self.draft_seconds = MovingAverage()  # time of one guess of the draft
+        self.last_used: dict[str, int] = defaultdict(int)  # source: number of the pass
         self.passes = 0
         self.start()
 
@@ -185,7 +185,7 @@ class Speculation:
         if source == "draft":
             self.draft.match_prefix(ids)
             if len(ids) - len(self.draft.cached_ids) > self.speculate_k + 1:
-                self.draft.prefill(ids, params)  # it catches up before the clock starts
+                self.draft.prefill(ids, params)  # the draft catches up before the clock starts
         start = time.perf_counter()
         if source == "draft":
             guesses = self.draft.draft(ids, k, params)

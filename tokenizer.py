@@ -123,7 +123,7 @@ class Tokenizer:
 
     model: dict  # the arguments of SentencePiece or of ByteLevelBPE
     added_tokens: dict[str, int]  # tokens that the model finds in no text, by their spelling
-    special_tokens: list[str]  # those of them that are not printed
+    special_tokens: list[str]  # added tokens that are not printed
     bos_token: str
     eos_token: str
     add_bos_token: bool  # before a text without a chat template
@@ -218,7 +218,7 @@ def utf8_decoder() -> codecs.IncrementalDecoder:
 
 
 class TextStreamer:
-    """Prints an answer while it is generated, up to the first of the texts `stops`. Holds back what may become one."""
+    """Prints an answer while it is generated, up to the first of the texts `stops`. A possible start is held back."""
 
     def __init__(self, stops: list[str]) -> None:
         self.stops = stops
@@ -228,7 +228,7 @@ class TextStreamer:
         self.stop = ""  # the stop text that ended the answer
 
     def put(self, data: bytes) -> None:
-        """Add the bytes of a token, and print what cannot become a stop text."""
+        """Add the bytes of a token, and print all text that cannot start a stop text."""
         self.pending += self.decode(data)
         found = [(self.pending.index(stop), stop) for stop in self.stops if stop in self.pending]
         starts = [stop[:n] for stop in self.stops for n in range(1, len(stop))]
@@ -243,5 +243,5 @@ class TextStreamer:
         self.printed += len(text)
 
     def end(self, line_end: str) -> None:
-        """Print what was held back, and a line end."""
+        """Print the text that was held back, and a line end."""
         self.print(self.pending + self.decode(b"", final=not self.stop), line_end)

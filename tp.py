@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc_per_node=2 generate.py --compile --checkpoint_path checkpoints/$MODEL_REPO/model.pth
 
-All ranks run the same program. Rank 0 reads the keyboard and prints; it sends the others what only one rank may decide:
-texts, and choices that depend on time.
+All ranks run the same program. Rank 0 reads the keyboard and prints; it sends texts, and choices that depend on time,
+to the others.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What every script needs: errors in one line, progress, arguments, files that are written whole.
+"""The common parts of the scripts: errors in one line, progress, arguments, files that are written whole.
 
 It knows nothing of models. Scripts import it before torch: it silences a warning, and Ctrl-C ends that import cleanly.
 """
@@ -21,7 +21,7 @@ from tqdm import tqdm
 STALE_SECONDS = 24 * 3600  # the age of a temporary file that no running process writes any more
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch warns when it is imported; we do not use NumPy
 progress = partial(tqdm, leave=False, disable=None)  # a bar on stderr if that is a terminal
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as nohup does
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup ignores it
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `run`: an interrupted import of torch is a long traceback
 
 
@@ -81,13 +81,13 @@ def number_between(low: float, high: float = math.inf, kind: type = int) -> Call
 
 @contextmanager
 def reading(name: Path | str, advice: str) -> Iterator[None]:
-    """Turn any exception of a library that reads a bad file into one ValueError: the file, the reason, what to do.
+    """Turn any exception of a library that reads a bad file into one ValueError: the file, the reason, the fix.
 
-    Our own ValueErrors already say what to do.
+    Our own ValueErrors already name the fix.
     """
     try:
         yield
-    except (MemoryError, PermissionError):  # these name their cause, and `advice` would not help
+    except (MemoryError, PermissionError):  # the message names the cause, and `advice` would not help
         raise
     except Exception as error:  # damaged files make parsers raise anything
         if type(error) is ValueError:

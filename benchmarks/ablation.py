@@ -12,18 +12,19 @@ from model import ModelArgs
 
 MECHANISMS = ("products", "attention", "prefetch", "replay", "threads")
 LABELS = ("bf16", "int4 g32")
-REPLAY = "    static long workers = 0;\n"  # the first line of cpu.cpp's replay
+REPLAY = "    static long workers = 0;\n"  # the first line of `replay` in C++
 EXECUTE = "    for (long i = 0; i < count; i++) execute(calls + i);\n    return;\n"
 
 
 def rebuild(old: str, new: str) -> None:
-    """Compile and load cpu.cpp with `new` in place of `old`."""
-    source = build.SOURCE.read_text()
-    if old not in source:
-        raise ValueError(f"cpu.cpp no longer has {old!r}")
+    """Compile and load cpu.cpp and its headers with `new` in place of `old`."""
+    sources = {path.name: path.read_text() for path in build.FOLDER.glob("*.[ch]*")}
+    if not any(old in source for source in sources.values()):
+        raise ValueError(f"kernels/ no longer has {old!r}")
     with tempfile.TemporaryDirectory() as folder:
-        build.SOURCE = Path(folder) / "cpu.cpp"
-        build.SOURCE.write_text(source.replace(old, new))
+        build.FOLDER = Path(folder)
+        for name, source in sources.items():
+            (build.FOLDER / name).write_text(source.replace(old, new))
         build.load_library.cache_clear()
         build.load_library()
 

@@ -1,4 +1,7 @@
-"""Model files with random weights: our checkpoints, and GGUF files for llama.cpp (pip install llama-cpp-python gguf)."""
+"""Model files with random weights: our checkpoints, and GGUF files for llama.cpp.
+
+GGUF files need pip install llama-cpp-python gguf.
+"""
 
 import importlib.util
 from collections.abc import Callable

@@ -6,6 +6,7 @@ benchmarks/worker.py starts this in a process of its own. It answers each line o
 method and its arguments, with a line of JSON.
 """
 
+import inspect
 import json
 import random
 import statistics
@@ -136,6 +137,11 @@ def random_transformers_model(args: ModelArgs, device: str) -> torch.nn.Module:
     return model
 
 
+def cache_keyword(model: torch.nn.Module) -> str:
+    """The name of the argument for the KV cache, which transformers 5 has renamed."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 class Transformers(Program):
     """transformers' Llama, run eagerly."""
 
@@ -149,11 +155,13 @@ class Transformers(Program):
 
     @torch.inference_mode()
     def generate(self, ids: list[int], tokens: int) -> Iterator[int]:
-        inputs, cache = torch.tensor([ids], device=self.device), None
+        from transformers import DynamicCache  # noqa: PLC0415  may be absent
+
+        cache = {cache_keyword(self.model): DynamicCache()}
+        inputs = torch.tensor([ids], device=self.device)
         for _ in range(tokens):
-            result = self.model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = result.past_key_values
-            inputs = result.logits[:, -1:].argmax(-1)
+            logits = self.model(inputs, use_cache=True, logits_to_keep=1, **cache).logits
+            inputs = logits[:, -1:].argmax(-1)
             yield inputs.item()
 
 

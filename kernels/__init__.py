@@ -3,8 +3,9 @@
 Importing this package registers the operators of cpu.py for a CPU, and those of cuda.py for CUDA.
 """
 
+import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from operator import is_not
 from types import ModuleType
@@ -17,7 +18,7 @@ import model
 import sampling
 from kernels import cpu
 
-CUDA_ROWS = 4 * cpu.MAX_ROWS  # up to so many rows, attention and what is between products have kernels on CUDA
+CUDA_ROWS = 4 * cpu.MAX_ROWS  # attention, norms, SwiGLU and sampling have kernels on CUDA up to here
 
 
 @cache
@@ -108,6 +109,27 @@ def new_graph(x: Tensor):
     return cpu.CpuGraph() if cpu.has_cpu_kernel(x) else None
 
 
+def decode_ahead(engine, token: int, params) -> Iterator[int]:
+    """generate.Engine.decode on CUDA: each pass starts before the sample of the one before is read.
+
+    So the device never waits for the host. When an answer ends, one pass too many has run; its position is not cached.
+    """
+    host_samples = torch.empty(2, 1, dtype=torch.int64, pin_memory=True)  # used in turn
+    inputs = torch.tensor([[token], [len(engine.cached_ids)]], device=engine.kv_cache.device)
+    samples = engine.start_pass(inputs, params)
+    for i in itertools.count():
+        host_samples[i % 2].copy_(samples, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        if len(engine.cached_ids) + 1 < engine.max_seq_length:
+            inputs = torch.stack([samples.clamp(min=0), inputs[1] + 1])  # -1 means non-finite logits; read() raises
+            samples = engine.start_pass(inputs, params)
+        copied.synchronize()
+        engine.cached_ids.append(token)
+        [token] = engine.read(host_samples[i % 2])
+        yield token
+
+
 class CapturedStep:
     """`step` (model, inputs [2, S], ...), captured once for each number of rows S, and replayed from then on.
 
@@ -117,7 +139,7 @@ class CapturedStep:
 
     def __init__(self, step: Callable[..., Tensor]) -> None:
         self.step = step
-        self.graphs: dict = {}  # by the number of rows
+        self.graphs: dict = {}  # the key is the number of rows
 
     def __call__(self, model: nn.Module, inputs: Tensor, *others: object) -> Tensor:
         """Run the step. The result is overwritten by the next call."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import utils
 
-FOLDER = Path(__file__).parent  # of cpu.cpp and its headers
+FOLDER = Path(__file__).parent  # has cpu.cpp and its headers
 CPUINFO = Path("/proc/cpuinfo")
 FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-pthread", "-shared", "-fPIC", "-w"]
 EXTRA_FLAGS: list[str] = []

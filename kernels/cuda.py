@@ -87,7 +87,7 @@ def _linear_int4(
     channel = tl.program_id(0) * N + tl.arange(0, N)[:, None]
     row = tl.program_id(1) * ROWS
     groups = words // PER
-    acc = ()  # of each row
+    acc = ()  # one for each row
     for _ in tl.static_range(ROWS):
         acc += (tl.zeros([N, WORDS // PER], tl.float32),)
     for first in tl.range(0, words, WORDS, num_stages=3):
@@ -221,7 +221,7 @@ def _update_cache(new, v_offset, rope, keys, values, start, end, D: constexpr, W
     mask = mine[:, None] & (d < D)
     tl.store(keys + offsets, _apply_rope(new, mine, position, rope, D, WIDE), mask)
     tl.store(values + offsets, tl.load(new[:, None] + v_offset + d, mask, 0), mask)
-    tl.debug_barrier()  # because other threads read next what these have written
+    tl.debug_barrier()  # because other threads read these keys and values next
 
 
 @triton.jit
@@ -260,7 +260,7 @@ def _attention_split(
     if split * BLOCK >= end:
         return
     n_head = n_kv_head * GROUP
-    width = (n_head + 2 * n_kv_head) * D  # of a row of qkv
+    width = (n_head + 2 * n_kv_head) * D  # channels in a row of qkv
     keys = cache + h * capacity * D
     values = keys + n_kv_head * capacity * D
     r, d = tl.arange(0, HEADS), tl.arange(0, WIDE)
@@ -344,7 +344,9 @@ def _reduce_best(best, samples, row, parts, COUNT: constexpr):
     part = tl.arange(0, COUNT)
     mask = part < parts
     offsets = (row * parts + part) * 2
-    noisy = tl.load(best + offsets, mask, -0x800000, cache_modifier=".cg").to(tl.float32, bitcast=True)  # or -inf
+    noisy = tl.load(best + offsets, mask, -0x800000, cache_modifier=".cg").to(
+        tl.float32, bitcast=True
+    )  # -0x800000 is minus infinity
     ids = tl.load(best + offsets + 1, mask, 0, cache_modifier=".cg")
     largest, first = _largest(noisy, ids)
     tl.store(samples + row, tl.where(tl.abs(largest) < float("inf"), first, -1).to(tl.int64))
@@ -363,7 +365,7 @@ def _sample(
     largest, first = _largest(values + tl.load(temperature) * noise, ids)
     tl.store(best + (row * parts + part) * 2, largest.to(tl.int32, bitcast=True))
     tl.store(best + (row * parts + part) * 2 + 1, first)
-    tl.debug_barrier()  # the count below publishes what is stored
+    tl.debug_barrier()  # because the count below publishes the results
     if tl.atomic_add(counts + row, 1) == parts - 1:
         _reduce_best(best, samples, row, parts, COUNT)
         tl.store(counts + row, 0)

@@ -2,7 +2,8 @@
 
     python -m scripts.convert_hf_checkpoint --checkpoint_dir checkpoints/$MODEL_REPO [--precision float32]
 
-It reads safetensors and .bin, whole or sharded, with torch alone, and refuses by name what this program cannot run.
+It reads safetensors and .bin, whole or sharded, with torch alone. Models that this program cannot run are refused by
+name.
 """
 
 import argparse
@@ -122,11 +123,11 @@ def read_bin(path: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """The same for a torch.save file. One of torch before 1.6 is read into memory as a whole."""
     content = torch.load(path, mmap=zipfile.is_zipfile(path), weights_only=True, map_location="cpu")
     for name, tensor in content.items():
-        yield str(name), partial(torch.Tensor.detach, tensor)  # it may be a Parameter
+        yield str(name), partial(torch.Tensor.detach, tensor)  # because a tensor may be a Parameter
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of weights in `folder`: those that an index names, or else all files of the first format that is there."""
+    """The files of weights in `folder`: those in an index, or else all files of the first format that is there."""
     for whole, pattern in FORMATS.items():
         index = folder / f"{whole}.index.json"
         if index.exists():

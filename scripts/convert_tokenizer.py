@@ -156,7 +156,7 @@ def named_token(config: dict, name: str) -> str | None:
 
 
 def read_chat_template(folder: Path, config: dict) -> str | None:
-    """The chat template: a file of its own, or what tokenizer_config.json has, the default one of several.
+    """The chat template: a file of its own, or the (default) one in tokenizer_config.json.
 
     transformers' tag {% generation %} marks the tokens to train on; here it does nothing.
     """

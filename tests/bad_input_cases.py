@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from checkpoint import read_checkpoint
 from quantize import quantize
+from scripts.convert_tokenizer import sentencepiece_tokenizer
 
 CONTEXT = 64
 CONFIG = {
@@ -67,7 +68,7 @@ class Case:
     shows: str = ""  # anywhere on stderr
     writes: tuple[str, ...] = ()  # the files that are new or changed
     same_as: str = ""  # a command line that has the same text on stdout
-    left: Callable[[Path], bool] = lambda folder: True  # what holds of the folder afterwards
+    left: Callable[[Path], bool] = lambda folder: True  # afterwards
     interrupt: tuple[str, str] = ()  # a signal that comes when this function is called
     marks: tuple = ()
 
@@ -262,6 +263,26 @@ def shape(**changes: object) -> Spoil:
     return checkpoint(lambda content: content["config"].update(changes))
 
 
+def tokenizer(**changes: object) -> Spoil:
+    return checkpoint(lambda content: content["tokenizer"].update(changes))
+
+
+def earlier_version(**changes: object) -> Spoil:
+    """A copy of model.pth with the names of earlier versions."""
+
+    def rename(content: dict) -> None:
+        names = {"rope_low_freq_factor": "rope_low", "rope_high_freq_factor": "rope_high"}
+        names["rope_original_max_position_embeddings"] = "rope_positions"
+        content["config"] = {names.get(name, name): value for name, value in content["config"].items()}
+        new = content["tokenizer"]
+        old = {"proto": new["model"]["model_proto"], "added": new["added_tokens"], "special": new["special_tokens"]}
+        old |= {"bos": new["bos_token"], "eos": new["eos_token"], "begins": new["add_bos_token"]}
+        old |= {"ends": new["eos_ids"], "template": new["chat_template"], "splits": None, "whole_words": False}
+        content["tokenizer"] = old | {"legacy": new["legacy"]} | changes
+
+    return all_of(lambda folder: shutil.copy(folder / "model.pth", folder / "new.pth"), checkpoint(rename))
+
+
 def norm(weight: object) -> Spoil:
     return checkpoint(lambda content: content["model"].update({"norm.weight": weight}))
 
@@ -290,10 +311,11 @@ CHECKPOINT = {  # what generate.py says of model.pth
     "other dim": (f"model.pth: {AGAIN}", shape(dim=32)),
     "other n_layer": (f"model.pth: {AGAIN}", shape(n_layer=2)),
     "other vocab_size": (f"model.pth: {AGAIN}", shape(vocab_size=512)),
-    "negative dim": (f"model.pth: dim = -64 in the config: it {POSITIVE}", shape(dim=-64)),
-    "huge dim": (f"model.pth: dim = {10**13} in the config: it {POSITIVE}", shape(dim=10**13)),
-    "unknown key in config": (f"model.pth: ... unexpected keyword argument 'bias' ... {OURS}", shape(bias=True)),
-    "config is a list": (f"model.pth: TypeError ... {OURS}", header(config=[1])),
+    "negative dim": (f"model.pth: ... {OURS}", shape(dim=-64)),
+    "huge dim": (f"model.pth: {AGAIN}", shape(dim=10**13)),
+    "dim a string": (f"model.pth: TypeError ... {OURS}", shape(dim="64")),
+    "unknown key in config": (f"model.pth: TypeError: ... positional arguments ... {OURS}", shape(bias=True)),
+    "config is a list": (f"model.pth: AttributeError: 'list' ... {OURS}", header(config=[1])),
     "no config": (f"model.pth: KeyError: 'config' ... {OURS}", checkpoint(lambda c: c.pop("config"))),
     "no id": (f"model.pth: {AGAIN}", checkpoint(lambda c: c.pop("id"))),
     "a tensor less": (f"model.pth: {AGAIN}", checkpoint(lambda c: c["model"].pop("norm.weight"))),
@@ -307,7 +329,13 @@ CHECKPOINT = {  # what generate.py says of model.pth
     "group size 0": (f"model.pth: ZeroDivisionError ... {OURS}", header(quantization={"mode": "int4", "groupsize": 0})),
     "group size 7": ("group size 7 does not divide", header(quantization={"mode": "int4", "groupsize": 7})),
     "garbage tokenizer": (f"model.pth: ... {OURS}", header(tokenizer=b"garbage")),
-    "empty tokenizer": (f"model.pth: ... {OURS}", header(tokenizer=b"")),
+    "empty tokenizer": (f"model.pth: ... {OURS}", header(tokenizer={})),
+    "garbage for a model of sentencepiece": (f"model.pth: ... {OURS}", tokenizer(model={"model_proto": b"garbage"})),
+    "unknown key in tokenizer": (f"model.pth: ... unexpected keyword argument 'size' ... {OURS}", tokenizer(size=300)),
+    "byte-level BPE of an earlier version": (
+        "model.pth: an earlier version wrote its tokenizer: convert it again with ./scripts/prepare.sh",
+        earlier_version(splits=[""]),
+    ),
     "NaN": (
         "logits are not finite: try --precision bfloat16, or another checkpoint",
         norm(torch.full((64,), torch.nan)),
@@ -331,22 +359,21 @@ PROMPT = {
     "an empty line, on stdin": Case(f"{GENERATE} --prompt -", "--prompt is empty: give some text", stdin=b"\n"),
     "standard input twice": Case(f"{GENERATE} --prompt - --prompt -", "--prompt is empty: give some text", stdin=b"a"),
     "stdin closed": Case(f"{GENERATE} --prompt - <&-", "--prompt is empty: give some text in UTF-8"),
-    "file missing": Case(f"{GENERATE} --prompt @$DIR/none", "--prompt @ ... No such file ... name a file behind the @"),
-    "file a directory": Case(
-        f"{GENERATE} --prompt @$DIR", "--prompt @ ... Is a directory ... name a file behind the @"
+    "file missing": Case(
+        f"{GENERATE} --prompt @$DIR/none", "--prompt @ ... No such file ... give some text in UTF-8, or @FILE"
     ),
-    "no file": Case(f"{GENERATE} --prompt @", "--prompt @: Is a directory; name a file behind the @"),
+    "file a directory": Case(
+        f"{GENERATE} --prompt @$DIR", "--prompt @ ... Is a directory; give some text in UTF-8, or @FILE"
+    ),
+    "no file": Case(f"{GENERATE} --prompt @", "--prompt @: Is a directory; give some text in UTF-8, or @FILE"),
     "file empty": Case(f"{GENERATE} --prompt @$DIR/p", "--prompt is empty: give some text", write("p", "")),
     "file not UTF-8": Case(f"{GENERATE} --prompt @$DIR/p", f"--prompt @ ... {UTF8}", write("p", b"caf\xe9")),
     "no stop text": Case(f"{GENERATE} --stop ''", "--stop is empty: give some text in UTF-8"),
     "part of a character as stop text": Case(
         f"{GENERATE} --stop \"$(printf '\\342')\"", "--stop: ... give some text in UTF-8"
     ),
-    "a session in somebody's file": Case(
-        f"{PREFILL} --interactive --session $DIR/s", "s: this is no session ... name another file", write("s", "words")
-    ),
     "system missing": Case(
-        f"{GENERATE} --system @$DIR/none", "--system @ ... No such file ... name a file behind the @"
+        f"{GENERATE} --system @$DIR/none", "--system @ ... No such file ... give some text in UTF-8, or @FILE"
     ),
     "float16 overflows": Case(f"{GENERATE} --precision float16", "not finite: try --precision bfloat16", LARGE),
     "bfloat16 does not": Case(f"{GENERATE} --precision bfloat16", spoil=LARGE, status=0, shows="Stopped"),
@@ -356,8 +383,8 @@ DRAFT = f"{GENERATE} --draft_checkpoint_path $DIR/draft.pth"
 
 def other_draft(folder: Path) -> None:
     write_tokenizer(folder, 299)
-    old = {"tokenizer": (folder / "tokenizer.model").read_bytes(), "chat": False}
-    torch.save(stored(folder) | old, folder / "draft.pth")
+    other = {"tokenizer": asdict(sentencepiece_tokenizer((folder / "tokenizer.model").read_bytes()))}
+    torch.save(stored(folder) | other, folder / "draft.pth")
 
 
 MACHINE = {
@@ -472,7 +499,7 @@ CONFIG_JSON = {  # what the converter says of config.json
 TOKENIZER = {  # what the converter says of the tokenizer's files
     "missing": (f"tokenizer.model: No such file or directory; {PIECES}", remove("tokenizer.model")),
     "garbage": (f"tokenizer.model: RuntimeError: ... {PIECES}", write("tokenizer.model", b"\x00garbage" * 9)),
-    "empty": ("tokenizer.model: the ids of BOS and EOS are [-1, -1], but", write("tokenizer.model", b"")),
+    "empty": (f"tokenizer.model: RuntimeError: ... {PIECES}", write("tokenizer.model", b"")),
     "a directory": (f"tokenizer.model: Is a directory; {PIECES}", directory("tokenizer.model")),
     "too many pieces": (
         "310 tokens, but config.json has a vocab_size of 300",
@@ -493,7 +520,7 @@ TOKENIZER = {  # what the converter says of the tokenizer's files
         write("chat_template.jinja", "{% think %}{% endthink %}"),
     ),
     "a template that is not text": (
-        "chat_template.jinja: ... 'utf-8' codec can't decode",
+        f"'utf-8' codec can't decode ... {TOKENIZER_FILES}",
         write("chat_template.jinja", b"\xff"),
     ),
     "a template with half a character": (
@@ -560,8 +587,7 @@ TOKENIZER = {  # what the converter says of the tokenizer's files
     },
     "a split with a group": ("the group in the pre-tokenizer's ... is not supported", byte_level(split="(a)|b")),
     "a split by a script": (f"tokenizer.json: error: bad escape \\p ... {PIECES}", byte_level(split=r"\p{Han}+")),
-    "merges of another order": ("the merges do not follow from the order", byte_level(turned=True)),
-    "vocabulary a list": (f"tokenizer.json: TypeError: ... {PIECES}", byte_level(model={"vocab": [1]})),
+    "vocabulary a list": (f"tokenizer.json: AttributeError: 'list' ... {PIECES}", byte_level(model={"vocab": [1]})),
     "no merges": (f"tokenizer.json: KeyError: 'merges'; {PIECES}", byte_level(without="merges")),
     "more tokens than the model": ("400 tokens, but config.json has a vocab_size of 300", byte_level(size=400)),
 }
@@ -654,7 +680,8 @@ QUANTIZED = {
     "missing": Case(QUANTIZE, f"model.pth: No such file or directory ... {OURS}", remove("model.pth")),
     "cut short": Case(QUANTIZE, f"model.pth: ... {OURS}", cut("model.pth", 0.5)),
     "calibration text missing": Case(
-        f"{QUANTIZE} --mode int4 --calibrate $DIR/none", "--calibrate @ ... No such file ... name a file behind the @"
+        f"{QUANTIZE} --mode int4 --calibrate $DIR/none",
+        "--calibrate @ ... No such file ... give some text in UTF-8, or @FILE",
     ),
     "calibration text empty": Case(
         f"{QUANTIZE} --mode int4 --calibrate $DIR/p", "--calibrate is empty: give some text in UTF-8", write("p", "\n")
@@ -672,7 +699,7 @@ QUANTIZED = {
     ),
     "group size": Case(
         f"{QUANTIZE} --mode int4 --groupsize 256",
-        "group size 256 does not divide the 64 inputs of ... those that divide all: [32]",
+        "group size 256 does not divide the 64 inputs of ... choose a smaller one, or int8",
     ),
     "an empty name": Case(f"{QUANTIZE} --checkpoint_path ''", f"Is a directory; ./scripts/{OURS}"),
     "NaN": Case(
@@ -732,7 +759,6 @@ USAGE |= {
         "no CUDA": (f"{GENERATE} --device cuda", "argument --device: invalid choice: 'cuda' (choose from", *NO_CUDA),
         "no checkpoint": ("python generate.py", "the following arguments are required: --checkpoint_path"),
         "a context, which is --system now": (f"{PREFILL} --context a", "unrecognized arguments: --context a"),
-        "a session of no conversation": (f"{PREFILL} --session s", "argument --session: it keeps a conversation: give"),
         "no room for prefixes": (f"{PREFILL} --cache_gb 0", "argument --cache_gb: 0: must be from 0.001 to"),
         "quantize, mode": (f"{QUANTIZE} --mode int3", "argument --mode: invalid choice: 'int3' (choose from"),
         "quantize, group size": (
@@ -805,7 +831,7 @@ UNUSUAL = {
     ),
     "a line not UTF-8": Case(
         f"{GENERATE} --interactive --max_new_tokens 1",
-        f"what was said: ... {UTF8}",
+        f"the line: ... {UTF8}",
         status=0,
         stdin=b"caf\xe9\na\n/stats",
         shows="Stopped",
@@ -813,14 +839,9 @@ UNUSUAL = {
     "a conversation with NaN": Case(
         f"{GENERATE} --interactive", "not finite: try", norm(torch.full((64,), torch.nan)), status=0, stdin=b"a"
     ),
-    **{
-        f"no modules beside {script}": Case(
-            f"PYTHONSAFEPATH=1 python {script} --checkpoint_path $DIR/model.pth",
-            "PYTHONSAFEPATH ... unset it",
-            status=1,
-        )
-        for script in ("generate.py", "generate_prefill.py", "quantize.py")
-    },
+    "a checkpoint of an earlier version": Case(
+        GENERATE, spoil=earlier_version(), same_as=GENERATE.replace("model.pth", "new.pth"), **ANSWERS
+    ),
     "torch.compile is disabled": Case(f"TORCH_COMPILE_DISABLE=1 {GENERATE} --compile --compile_prefill", **ANSWERS),
     "LOCAL_RANK is left": Case(f"LOCAL_RANK=0 {GENERATE}", **ANSWERS),
     "run as a file": Case(
@@ -843,13 +864,14 @@ UNUSUAL = {
     ),
     "no place for kernels": Case(
         f"env -u HOME XDG_CACHE_HOME=/dev/null/x {GENERATE}",
-        "CPU kernels built for this run only: ... /dev/null/x ... set XDG_CACHE_HOME",
+        "CPU kernels are compiled for this run only: ... /dev/null/x ... set XDG_CACHE_HOME",
         marks=SLOW,
         **ANSWERS,
     ),
     "a file that the index does not name": Case(
         CONVERT, spoil=all_of(shards(INDEX, a=HALF[0], b=HALF[1]), tensors(name="model-extra.safetensors")), **CONVERTED
     ),
+    "merges in another order": Case(CONVERT, spoil=byte_level(turned=True), **CONVERTED),
     "shards without an index": Case(CONVERT, spoil=shards(None, a=HALF[0], b=HALF[1]), **CONVERTED),
     "tied, both there and different": Case(
         CONVERT,
@@ -903,22 +925,22 @@ UNUSUAL = {
     ),
 }
 STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
-WRITERS = {"converter": CONVERT, "quantizer": QUANTIZE}
-MOMENTS = ("terminal.progress", "os.fsync", "os.replace")
-PUSH = "tokenizer.Tokenizer.bytes_of"
+WRITERS = {"converter": (CONVERT, "model.pth"), "quantizer": (QUANTIZE, "model_int8.pth")}
+MOMENTS = ("utils.progress", "os.fsync", "os.replace")
+PUSH = "tokenizer.Tokenizer.token_bytes"
 
 
 def hit(command: str, signal: str, call: str) -> str:
     """The command, in which a signal comes when `call` is called."""
     script, flags = re.fullmatch(r"python (?:-m )?(\S+?)(?:[.]py)? (.*)", command).groups()
-    code = f"import os, signal, terminal, {script} as script; {call} = lambda *_: os.kill(os.getpid(), signal.{signal})"
-    return f"python -c '{code}; terminal.run(script.main)' {flags}"
+    code = f"import os, signal, utils, {script} as script; {call} = lambda *_: os.kill(os.getpid(), signal.{signal})"
+    return f"python -c '{code}; utils.run(script.main)' {flags}"
 
 
 SIGNALS = {
     **{
         f"{signal} in the {name} at {call}": Case(command, status=STATUS[signal], interrupt=(signal, call))
-        for name, command in WRITERS.items()
+        for name, (command, _) in WRITERS.items()
         for signal in ("SIGINT", "SIGTERM", "SIGHUP")
         for call in MOMENTS
     },
@@ -933,18 +955,16 @@ SIGNALS = {
     ),
     "SIGINT, a whole process": Case(hit(CONVERT, "SIGINT", "os.fsync"), status=130),
     "SIGTERM, a whole process": Case(hit(CONVERT, "SIGTERM", "os.fsync"), status=143),
-    "the converter after SIGKILL": Case(
-        f"{{ {hit(CONVERT, 'SIGKILL', 'os.fsync')}; }} 2>/dev/null; ls $DIR/.model.pth.*.tmp >&2; {CONVERT}",
-        "/.model.pth.",
-        status=0,
-        writes=("model.pth",),
-    ),
-    "the quantizer after SIGKILL": Case(
-        f"{{ {hit(QUANTIZE, 'SIGKILL', 'os.fsync')}; }} 2>/dev/null; ls $DIR/.model_int8.pth.*.tmp >&2; {QUANTIZE}",
-        "/.model_int8.pth.",
-        status=0,
-        writes=("model_int8.pth",),
-    ),
+    **{
+        f"the {name} {when} SIGKILL": Case(
+            f"{{ {hit(command, 'SIGKILL', 'os.fsync')}; }} 2>/dev/null; {then} $DIR/.{file}.*.tmp >&2; {command}",
+            f"/.{file}." if then == "ls" else "",
+            status=0,
+            writes=(file, f".{file}.PID.tmp") if then == "ls" else (file,),
+        )
+        for name, (command, file) in WRITERS.items()
+        for when, then in (("after", "ls"), ("a day after", "touch -d '25 hours ago'"))
+    },
     "SIGINT ignored, as by nohup": Case(f"trap '' INT; {hit(CONVERT, 'SIGINT', 'os.fsync')}", **CONVERTED),
     "SIGHUP ignored, as by nohup": Case(f"trap '' HUP; {hit(CONVERT, 'SIGHUP', 'os.fsync')}", **CONVERTED),
     **{

@@ -1,4 +1,4 @@
-// A small program of all operations, replayed by four threads: the same results each time. For the thread sanitizer.
+// All operations, replayed by several threads with the same results each time. For the thread sanitizer.
 #include "../kernels/cpu.cpp"
 #include <cstdio>
 #include <cstdlib>
@@ -16,28 +16,28 @@ int main() {
     auto w13 = numbers(2 * ffn * dim), w2 = numbers(dim * ffn), output = numbers(vocab * dim);
     auto cache = numbers(2 * n_kv_head * positions * head_dim);
     std::vector<int64_t> ids = {5, 6, 7}, input_pos = {500, 501, 502}, samples(rows);
-    std::vector<float> frequencies(head_dim / 2, 0.1f);
+    std::vector<float> rope(positions * head_dim, 0.7f);  // cosines, then sines, of each position
     int32_t seed = 7;
-    const float temperature = 0.8f, top_p = 0.9f, log_min_p = -6;
-    std::vector<bf16> x(rows * dim), normed(rows * dim), qkv(rows * channels), attended(rows * dim), projected(rows * dim);
-    std::vector<bf16> h(rows * dim), wide(rows * 2 * ffn), gated(rows * ffn), down(rows * dim), logits(rows * vocab);
+    const float temperature = 0.8f;
+    std::vector<bf16> x(rows * dim), normed(rows * dim), qkv(rows * channels), attended(rows * dim);
+    std::vector<bf16> projected(rows * dim), h(rows * dim), wide(rows * 2 * ffn), gated(rows * ffn), down(rows * dim), logits(rows * vocab);
 
-    const auto product = [&](const bf16 *from, long in, long out, const std::vector<bf16> &weight, bf16 *to) {
-        return Product{{{from, rows, in, out}, (const uint8_t *)weight.data(), nullptr, nullptr, 16, 0, to}};
+    const auto linear_layer = [&](const bf16 *from, long in, long out, const std::vector<bf16> &weight, bf16 *to) {
+        return Linear{{{from, rows, in, out}, (const uint8_t *)weight.data(), nullptr, nullptr, 16, 0, to}};
     };
-    const Between embedded = {{(const bf16 *)ids.data(), rows, 1, dim}, table.data(), 0, x.data()};
-    const Between first = {{x.data(), rows, dim, dim}, norm.data(), 10000000, normed.data()};
-    const Product to_qkv = product(normed.data(), dim, channels, wqkv, qkv.data());
-    const Attention attend = {{qkv.data(), rows, channels, dim}, frequencies.data(), input_pos.data(), n_kv_head,
+    const Elementwise embedded = {{(const bf16 *)ids.data(), rows, 1, dim}, table.data(), 0, x.data()};
+    const Elementwise first = {{x.data(), rows, dim, dim}, norm.data(), 1e-5, normed.data()};
+    const Linear to_qkv = linear_layer(normed.data(), dim, channels, wqkv, qkv.data());
+    const Attention attend = {{qkv.data(), rows, channels, dim}, rope.data(), input_pos.data(), n_kv_head,
                               positions, head_dim, cache.data(), cache.data() + cache.size() / 2, attended.data()};
-    const Product to_dim = product(attended.data(), dim, dim, wo, projected.data());
-    const Between sum = {{x.data(), rows, dim, dim}, projected.data(), 0, h.data()};
-    const Product to_ffn = product(h.data(), dim, 2 * ffn, w13, wide.data());
-    const Between gate = {{wide.data(), rows, 2 * ffn, ffn}, nullptr, 0, gated.data()};
-    const Product from_ffn = product(gated.data(), ffn, dim, w2, down.data());
-    const Product to_logits = product(down.data(), dim, vocab, output, logits.data());
-    const Sampler sampler = {{logits.data(), rows, vocab, 1}, input_pos.data(), &seed, &temperature, &top_p, &log_min_p,
-                             50, vocab, samples.data()};
+    const Linear to_dim = linear_layer(attended.data(), dim, dim, wo, projected.data());
+    const Elementwise sum = {{x.data(), rows, dim, dim}, projected.data(), 0, h.data()};
+    const Linear to_ffn = linear_layer(h.data(), dim, 2 * ffn, w13, wide.data());
+    const Elementwise gate = {{wide.data(), rows, 2 * ffn, ffn}, nullptr, 0, gated.data()};
+    const Linear from_ffn = linear_layer(gated.data(), ffn, dim, w2, down.data());
+    const Linear to_logits = linear_layer(down.data(), dim, vocab, output, logits.data());
+    const Sampler sampler = {{logits.data(), rows, vocab, 1}, vocab, input_pos.data(), &seed, &temperature, 50,
+                             0.9, 0.002, samples.data()};
     const Call calls[] = {{embedding, &embedded}, {rms_norm, &first}, {linear, &to_qkv}, {attention, &attend},
                           {linear, &to_dim}, {add, &sum}, {linear, &to_ffn}, {swiglu, &gate},
                           {linear, &from_ffn}, {linear, &to_logits}, {sample, &sampler}};

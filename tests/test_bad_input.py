@@ -14,12 +14,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import terminal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+import utils
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from bad_input_cases import CASES, CONTEXT, FULL, Case, config, tensors, write_t
 from conftest import ROOT
 
 from scripts.convert_hf_checkpoint import convert
-from tokenizer import of_sentencepiece
+from scripts.convert_tokenizer import sentencepiece_tokenizer
 
 SECONDS = 100  # a process that takes longer hangs
 CALLED = re.compile(r"python [^<>|;&=(]*")  # a command that needs no shell
@@ -62,7 +63,7 @@ def call(command: str, case: Case, folder: Path, patch: pytest.MonkeyPatch) -> E
         name, function = case.interrupt
         patch.setattr(function, lambda *_: signal.raise_signal(getattr(signal, name)))
     try:
-        terminal.run(module.main)
+        utils.run(module.main)
     except SystemExit as end:
         status = end.code
     stdout.flush()
@@ -111,7 +112,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config()(folder)
     tensors()(folder)
     convert(folder, "bfloat16")
-    assert len(of_sentencepiece((folder / "tokenizer.model").read_bytes()).encode(FULL)) == CONTEXT - 1
+    assert len(sentencepiece_tokenizer((folder / "tokenizer.model").read_bytes()).encode(FULL)) == CONTEXT - 1
     return folder
 
 
@@ -143,7 +144,7 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         signal.signal(number, handler)
 
 
-@pytest.mark.filterwarnings("ignore:'torch.load' received a zip file")  # terminal.py ignores all in a whole process
+@pytest.mark.filterwarnings("ignore:'torch.load' received a zip file")  # utils.py ignores all in a whole process
 @pytest.mark.parametrize("name", [pytest.param(name, id=name, marks=case.marks) for name, case in CASES.items()])
 def test_what_a_user_can_do(
     name: str, base: Path, started: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: None

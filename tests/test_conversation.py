@@ -1,4 +1,4 @@
-"""Conversation: turn by turn is one pass over the transcript, whatever cuts an answer short; only what is new runs."""
+"""Conversations: each answer is that of one pass over the transcript, however the answers before it ended."""
 
 import io
 import os
@@ -10,37 +10,40 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import DEMO, ROOT, TOKENIZER, generated, new_engine
+from test_tokenizer import CHATML, saved, trained
+from tokenizer_texts import LLAMA_2_TEMPLATE
 
-import generate_prefill
-from chat import converse
-from generate import Engine, Session, answer_all, build_parser
-from generate_prefill import CachedEngine, Store
+import chat as chat_module
+from chat import Conversation
+from generate import Engine, Session, build_parser, generate, generate_all
+from generate_prefill import BLOCK_SIZE, PrefixCache
 from scripts.convert_hf_checkpoint import convert
-from tokenizer import LLAMA_2
+from tokenizer import ESCAPE
 
-CLOSING = [TOKENIZER.pieces.piece_to_id("\u2581"), TOKENIZER.ends[0]]
+BOS, EOS = [TOKENIZER.bpe.processor.piece_to_id(piece) for piece in ("<s>", "</s>")]
+END = [TOKENIZER.bpe.processor.piece_to_id("\u2581"), EOS]  # after an answer in Llama 2's template
 LINES = ["def read_file(path):", "What does it return?", "import os", "Thank you \N{PILE OF POO}!", "class Reader:"]
+HOSTILE = ["a </s><s> b", "<|im_end|>", "[INST] x [/INST]", "caf\u00e9 \u65e5\u672c", "1 + 1 = 2; don't", "x"]
 
 
 @pytest.fixture(scope="module")
 def chat(demo: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Checkpoints with Llama-2's template, by their kind of weights, and the draft; in float32 as they were of old."""
+    """Checkpoints with Llama 2's template, by the kind of their weights, and the draft."""
     folder = tmp_path_factory.mktemp("chat")
     paths = {"draft": demo["draft"]}
     for name, source in (("float32", "target"), ("int8", "int8"), ("int4", "int4")):
         paths[name] = folder / f"{name}.pth"
         content = torch.load(demo[source], weights_only=True)
-        if name == "float32":
-            content |= {"chat": True, "tokenizer": TOKENIZER.proto}
-        else:
-            content["tokenizer"]["template"] = LLAMA_2
+        content["tokenizer"]["chat_template"] = LLAMA_2_TEMPLATE
         torch.save(content, paths[name])
     return paths
 
@@ -52,53 +55,81 @@ def session_of(path: Path, *flags: object) -> Session:
 
 @dataclass
 class Turn:
+    """A prompt and its answer."""
+
     prompt: list[int]
-    answer: list[int]
-    ran: list[int] = field(default_factory=list)  # tokens per pass of the model
+    answer: list[int] = field(default_factory=list)
+    text: str = ""  # of the answer, escaped
+    ran: list[int] = field(default_factory=list)  # tokens in each pass of the model
+    cached: int = 0  # tokens of the prompt that did not run
+    statistics: str = ""
 
 
 def talk(
-    session: Session, lines: list[str], monkeypatch: pytest.MonkeyPatch, before_run: Callable = lambda turns: None
+    session: Session, lines: list[str], monkeypatch: pytest.MonkeyPatch, before_pass: Callable = lambda turns: None
 ) -> list[Turn]:
-    """What `converse` answers to these lines; `before_run` is called before each pass of the model."""
-    turns, answer, run, engine = [], Session.answer, Engine.run, session.engines[0]
+    """The turns of a conversation in which these lines are typed; `before_pass` is called before each pass."""
+    turns: list[Turn] = []
 
-    def answer_noted(self: Session, prompt: list[int]) -> list[int]:
-        turns.append(Turn(prompt, []))
-        turns[-1].answer = answer(self, prompt)
-        return turns[-1].answer
+    def noted_generate(engine: Engine, prompt: list[int], *others: object) -> Iterator[int]:
+        turns.append(Turn(prompt))
+        with closing(generate(engine, prompt, *others)) as tokens:
+            for token in tokens:
+                turns[-1].answer.append(token)
+                yield token
 
-    def run_noted(self: Engine, ids: list[int], *rest: object, **more: object) -> list[int]:
-        if self is engine:
-            before_run(turns)
+    def noted_answer(prompt: list[int]) -> str:
+        text = Session.answer(session, prompt)
+        turns[-1].text, turns[-1].statistics = text, session.statistics
+        return text
+
+    def noted_forward(engine: Engine, ids: list[int], *others: object) -> list[int]:
+        if engine is session.engine:
+            before_pass(turns)
+            if not turns[-1].ran:
+                turns[-1].cached = len(engine.cached_ids)
             turns[-1].ran.append(len(ids))
-        return run(self, ids, *rest, **more)
+        return forward(engine, ids, *others)
 
+    forward = Engine.forward
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "answer", answer_noted)
-        patch.setattr(Engine, "run", run_noted)
+        patch.setattr("generate.generate", noted_generate)
+        patch.setattr(session, "answer", noted_answer)
+        patch.setattr(Engine, "forward", noted_forward)
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("".join(f"{line}\n" for line in lines).encode())))
-        converse(session.conversation(), session.answer, session.statistics)
+        chat_module.chat(session, session.conversation())
     return turns
 
 
 def text_of(answer: list[int]) -> str:
-    """What is printed for the ids of an answer."""
-    return TOKENIZER.pieces.decode([*TOKENIZER.encode("a"), *answer])[1:]
+    """The text of an answer, by sentencepiece."""
+    return TOKENIZER.bpe.processor.decode([*TOKENIZER.encode("a"), *answer])[1:]
 
 
-def assert_one_transcript(session: Session, turns: list[Turn], cut: int | None = None) -> None:
-    """Each answer (that of the turn `cut` as far as it goes) is the one pass's over all before it, in a fresh cache."""
+def transcript(session: Session, turns: list[Turn], lines: list[str]) -> list[int]:
+    """The prompt that these lines and the texts of their answers make. An empty answer leaves its turn out."""
+    answered = [(line, text_of(turn.answer)) for line, turn in zip(lines, turns, strict=False) if turn.answer]
+    line = lines[len(turns)]
+    if session.conversation().use_chat_template:
+        system = f"<<SYS>>\n{session.system}\n<</SYS>>\n\n" if session.system else ""
+        whole = "".join(f"<s>[INST] {line} [/INST] {text.strip()} </s>" for line, text in answered)
+        whole = f"{whole}<s>[INST] {line} [/INST]"
+        return TOKENIZER.encode_with_special_tokens(whole.replace("[INST] ", f"[INST] {system}", 1))
+    first, *others = [part for turn in answered for part in turn] + [line]
+    first = f"{session.system}\n{first}" if session.system else first
+    return [BOS, *TOKENIZER.encode(first), *[token for part in others for token in TOKENIZER.bpe.encode(part, False)]]
+
+
+def assert_one_transcript(session: Session, turns: list[Turn]) -> None:
+    """Each prompt is the transcript so far, and each answer that of a fresh cache."""
     for i, turn in enumerate(turns):
-        fresh = new_engine(session.engines[0].model)
-        count = len(turn.answer) if i == cut else session.args.max_new_tokens
-        if count:
-            assert turn.answer == generated(fresh, turn.prompt, count, session.sampling, TOKENIZER.ends), i
-    for turn, later in zip(turns, turns[1:], strict=False):
-        said, text = turn.prompt + turn.answer, text_of(turn.answer)
-        if session.conversation().template:  # Llama-2's strips an answer, and puts a space before it and behind it
-            said = said + CLOSING if text == f" {text.strip()}" else turn.prompt
-        assert later.prompt[: len(said)] == said
+        assert turn.prompt == transcript(session, turns[:i], LINES)
+        fresh = new_engine(session.engine.model)
+        count = session.args.max_new_tokens
+        assert turn.answer == generated(fresh, turn.prompt, count, session.params, TOKENIZER.eos_ids), i
+        assert turn.text.replace(ESCAPE, "") == text_of(turn.answer)
+    for turn, later in pairwise(turns):
+        assert later.prompt[: len(turn.prompt)] == turn.prompt
 
 
 SLOW = (pytest.mark.slow,)
@@ -113,6 +144,7 @@ PATHS = {
     "int4, draft": ("int4", ["--draft_checkpoint_path", "draft"]),
     "compiled": ("float32", ["--compile"]),
     "system": ("float32", ["--system", "You are terse."]),
+    "system, raw": ("float32", ["--system", "You are terse.", "--raw"]),
 }
 
 
@@ -129,34 +161,66 @@ def test_turn_by_turn_is_one_pass_over_the_transcript(
     assert_one_transcript(session, turns)
 
 
-@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("with_prefix_cache", [False, True])
 @pytest.mark.parametrize("flags", [[], ["--raw"]])
 def test_a_turn_runs_its_own_tokens_only(
-    chat: dict[str, Path], flags: list, stored: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    chat: dict[str, Path], flags: list, with_prefix_cache: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The first pass of a turn has what is new since the last token that ran; all others have one token."""
+    """The first pass of a turn has the tokens after the cached ones; all others have one token."""
     session = session_of(chat["float32"], *flags)
-    if stored:  # as generate_prefill.py does
-        engine = session.engines[0]
-        session.engines[0] = CachedEngine(
-            engine.model, engine.cache, checkpoint=session.checkpoint, store=Store(tmp_path, 10**9)
-        )
+    if with_prefix_cache:
+        session.engine.prefix_cache = PrefixCache(tmp_path, 10**9)
     turns, ran = talk(session, LINES, monkeypatch), []
-    for turn, figures in zip(turns, session.answers, strict=True):
-        held = len(os.path.commonprefix([ran, turn.prompt]))
-        ended = len(turn.answer) < 20  # by EOS: then the last token of the answer ran as well
-        assert turn.ran == [len(turn.prompt) - held] + [1] * (len(turn.answer) - (not ended))
-        assert (figures.cached, figures.prompt) == (held, len(turn.prompt))
-        assert held >= len(turns[0].prompt) or not ran
-        ran = turn.prompt + turn.answer[: None if ended else -1]
+    for turn in turns:
+        cached = len(os.path.commonprefix([ran, turn.prompt]))
+        is_ended = len(turn.answer) < 20  # by EOS: then the last token of the answer ran as well
+        assert turn.ran == [len(turn.prompt) - cached] + [1] * (len(turn.answer) - (not is_ended))
+        assert turn.cached == cached
+        assert f"Prompt tokens: {len(turn.prompt)} (cached {cached} of {len(turn.prompt)})" in turn.statistics
+        assert cached >= len(turns[0].prompt) or not ran
+        ran = turn.prompt + turn.answer[: None if is_ended else -1]
+
+
+@pytest.fixture(params=["sentencepiece", "sentencepiece, raw", "byte-level BPE", "byte-level BPE, stripped answers"])
+def small_session(request: pytest.FixtureRequest, chat: dict[str, Path], random_llama: Callable) -> Session:
+    """A session with the demo target, or with random weights and a byte-level BPE."""
+    flags = ["--max_new_tokens", 8, "--temperature", 1.2]
+    if "byte-level" not in request.param:
+        return session_of(chat["float32"], *flags, *(["--raw"] if "raw" in request.param else []))
+    _, folder = random_llama(vocab_size=720, max_position_embeddings=1024)
+    (folder / "tokenizer.model").unlink()
+    stripped = CHATML.replace("message['content'] +", "message['content'] | trim +")
+    saved(folder, trained(["digits"]), chat_template=stripped if "stripped" in request.param else CHATML)
+    return session_of(convert(folder, "float32"), *flags)
+
+
+def test_nothing_before_the_first_new_id_runs_again(small_session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """50 random dialogues. The ids of the last answer may be others than its text has, and run again from there."""
+    draw, kept = random.Random(0), 0
+    for _ in range(50):
+        small_session.args.seed = draw.randrange(2**31)
+        lines = [draw.choice(LINES + HOSTILE) for _ in range(draw.randrange(2, 5))]
+        turns = talk(small_session, lines, monkeypatch)
+        assert len(turns) == len(lines)
+        for turn, later in pairwise(turns):
+            known = turn.prompt + turn.answer
+            same = len(os.path.commonprefix([known, later.prompt]))
+            ran = turn.cached + sum(turn.ran)  # all but the last token of an answer, if it did not end by EOS
+            assert len(known) - 1 <= ran <= len(known)
+            assert later.ran[0] == len(later.prompt) - min(same, ran)
+            assert sum(later.ran) == later.ran[0] + len(later.ran) - 1
+            if turn.text:  # otherwise the turn was left out
+                assert same >= len(turn.prompt) - 1  # a line end that ends a prompt may become one with the answer's
+                kept += same == len(known)
+    assert kept > 0
 
 
 @pytest.mark.parametrize("at", [0, 1, 2, 5])
 @pytest.mark.parametrize("flags", [[], ["--prompt_lookup"], ["--draft_checkpoint_path", "draft"]], ids=str)
-def test_an_interrupt_cuts_the_answer_and_nothing_else(
+def test_an_interrupt_ends_the_answer_only(
     chat: dict[str, Path], at: int, flags: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    """At some pass of the model (0: before the first token); what was printed is what the transcript has."""
+    """At some pass of the model (0: before the first token); the printed text is that of the transcript."""
     flags = [chat.get(flag, flag) for flag in flags]
     session = session_of(chat["float32"], "--temperature", 1.2, "--ignore_eos", *flags)
 
@@ -172,16 +236,13 @@ def test_an_interrupt_cuts_the_answer_and_nothing_else(
     assert len(turns[1].answer) < 20
     printed = capfd.readouterr().out
     assert printed == "".join(text_of(turn.answer) + "\n" for turn in turns)
-    session.args.ignore_eos = False
     for i, turn in enumerate(turns):
-        fresh = new_engine(session.engines[0].model)
-        assert (
-            turn.answer == generated(fresh, turn.prompt, len(turn.answer) or 1, session.sampling)[: len(turn.answer)]
-        ), i
-    assert turns[2].prompt[: len(turns[1].prompt + turns[1].answer)] == turns[1].prompt + turns[1].answer
+        fresh, count = new_engine(session.engine.model), len(turn.answer)
+        assert turn.answer == generated(fresh, turn.prompt, count or 1, session.params)[:count], i
+        assert turn.prompt == transcript(session, turns[:i], LINES)
 
 
-def test_statistics_of_an_interrupted_answer_say_so(chat: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_of_an_interrupted_answer(chat: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     session = session_of(chat["float32"])
 
     def interrupt(turns: list[Turn]) -> None:
@@ -189,13 +250,13 @@ def test_statistics_of_an_interrupted_answer_say_so(chat: dict[str, Path], monke
             raise KeyboardInterrupt
 
     talk(session, LINES[:1], monkeypatch, interrupt)
-    assert "Stopped: interrupted" in session.statistics()
+    assert "Stopped: interrupted" in session.statistics
 
 
-def test_an_answer_that_fails_is_told_and_leaves_no_figures(
+def test_an_answer_that_fails_leaves_the_conversation_and_no_figures(
     chat: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    """The conversation goes on, and /stats shows the answer before it, or that there is none."""
+    """Its error is printed, and /stats shows the answer before it, or that there is none."""
     session = session_of(chat["float32"])
 
     def fail(turns: list[Turn]) -> None:
@@ -203,30 +264,40 @@ def test_an_answer_that_fails_is_told_and_leaves_no_figures(
             raise ValueError("the model's logits are not finite")
 
     turns = talk(session, [LINES[0], "/stats", LINES[1], "/stats"], monkeypatch, fail)
-    told = capfd.readouterr().err
-    assert "not finite" in told and "no answer yet" in told
-    assert told.count("Prompt tokens") == len(session.answers) == len(turns) - 1 == 1
+    errors = capfd.readouterr().err
+    assert "not finite" in errors and "no answer yet" in errors
+    assert errors.count("Prompt tokens") == len(turns) - 1 == 1
+    assert turns[1].prompt == transcript(session, [], LINES[1:])
 
 
-def test_an_interrupt_while_an_answer_is_stored_keeps_the_conversation(
+def test_an_empty_answer_leaves_the_conversation(chat: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that starts with the stop text."""
+    session = session_of(chat["float32"])
+    session.stops = [text_of(talk(session, LINES[:1], monkeypatch)[0].answer)[:2]]
+    turns = talk(session, LINES[:2], monkeypatch)
+    assert turns[0].text == "" and turns[0].answer
+    assert turns[1].prompt == transcript(session, [], LINES[1:])
+
+
+def test_an_interrupt_while_prefixes_are_saved_keeps_the_conversation(
     chat: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Storing ends, and what was said is still there."""
+    """The answer is whole, and the next turn goes on after it."""
     session = session_of(chat["float32"])
-    monkeypatch.setattr(Engine, "keep", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Engine, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     turns = talk(session, LINES[:2], monkeypatch)
     assert_one_transcript(session, turns)
     assert len(turns[0].answer) > 3
 
 
 def test_a_space_that_ends_an_answer_is_the_templates(chat: dict[str, Path]) -> None:
-    """As transformers strips an answer before it adds the space."""
-    for answer in (TOKENIZER.encode("yes"), TOKENIZER.encode("yes") + CLOSING[:1]):
-        talk = session_of(chat["float32"]).conversation()
-        prompt = talk.prompt("Well?")
-        talk.add("Well?", prompt, answer)
-        said = [*prompt, *TOKENIZER.encode("yes"), *CLOSING, *TOKENIZER.start]
-        assert talk.prompt("Well?")[: len(said)] == said
+    """The template strips an answer before it adds the space."""
+    for answer in (TOKENIZER.encode("yes"), TOKENIZER.encode("yes") + END[:1]):
+        conversation = session_of(chat["float32"]).conversation()
+        prompt = conversation.prompt("Well?")
+        conversation.add("Well?", TOKENIZER.decode(answer, 100))
+        expected = [*prompt, *TOKENIZER.encode("yes"), *END, BOS]
+        assert conversation.prompt("Well?")[: len(expected)] == expected
 
 
 def test_an_interrupt_outside_of_a_conversation_ends_the_program(
@@ -234,7 +305,7 @@ def test_an_interrupt_outside_of_a_conversation_ends_the_program(
 ) -> None:
     session = session_of(chat["float32"])
     session.args.interactive = False
-    monkeypatch.setattr(Engine, "run", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Engine, "forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         session.answer([1, 2, 3])
 
@@ -243,20 +314,18 @@ def test_an_interrupt_outside_of_a_conversation_ends_the_program(
 def test_the_context_is_used_to_its_last_position(
     random_llama: Callable, flags: list, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    """A full context ends the answer with one line that says how to go on; /clear does."""
+    """A full context ends the answer, with one line that names /clear, which starts anew."""
     _, folder = random_llama(max_position_embeddings=128)
     session = session_of(convert(folder, "float32"), "--max_new_tokens", 50, "--ignore_eos", *flags)
     capfd.readouterr()
     turns = talk(session, ["import os", "import sys", "import re", "import io", "/clear", "import os"], monkeypatch)
-    assert (
-        max(len(turn.prompt + turn.answer) for turn in turns) == 129
-    )  # the token after the last position has no position
+    assert max(len(turn.prompt + turn.answer) for turn in turns) == 129  # a token follows the last position
     assert turns[-1].prompt == turns[0].prompt and turns[-1].answer == turns[0].answer
-    told = [line for line in capfd.readouterr().err.splitlines() if "context" in line]
-    assert told and all("128" in line and "/clear" in line for line in told)
+    errors = [line for line in capfd.readouterr().err.splitlines() if "context" in line]
+    assert errors and all("128" in line and "/clear" in line for line in errors)
     for turn in turns:
-        fresh = new_engine(session.engines[0].model)
-        assert turn.answer == generated(fresh, turn.prompt, len(turn.answer), session.sampling)
+        fresh = new_engine(session.engine.model)
+        assert turn.answer == generated(fresh, turn.prompt, len(turn.answer), session.params)
 
 
 # ---- The template
@@ -264,7 +333,7 @@ def test_the_context_is_used_to_its_last_position(
 
 @pytest.fixture(scope="module")
 def llama_template(tmp_path_factory: pytest.TempPathFactory) -> Callable:
-    """messages -> ids, by transformers and the template of Llama-2's chat repositories, on the demo's vocabulary."""
+    """A function: messages -> ids, by transformers and the template of Llama 2's repositories, on the demo vocabulary."""
     from transformers import LlamaTokenizer  # noqa: PLC0415
 
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -308,37 +377,42 @@ def dialogues() -> list[tuple[str, list[tuple[str, str]]]]:
 
 @pytest.mark.parametrize("system, turns", dialogues(), ids=range(20))
 def test_the_ids_are_those_of_the_chat_template_in_transformers(
-    chat: dict[str, Path], system: str, turns: list[tuple[str, str]], llama_template: Callable
+    system: str, turns: list[tuple[str, str]], llama_template: Callable
 ) -> None:
-    """Llama-2's, for the same turns; what the user says next included."""
-    talk = session_of(chat["float32"], "--system", system or "x").conversation()
-    talk.system = system
+    """Llama 2's template, for the same turns and the line that is typed next."""
+    conversation = Conversation(replace(TOKENIZER, chat_template=LLAMA_2_TEMPLATE), 10**6, system)
     messages = [{"role": "system", "content": system}] if system else []
     for user, assistant in turns:
-        prompt = talk.prompt(user)
         messages.append({"role": "user", "content": user})
-        assert prompt == llama_template(messages)
-        talk.add(user, prompt, TOKENIZER.encode(assistant))
+        assert conversation.prompt(user) == llama_template(messages)
+        conversation.add(user, TOKENIZER.decode(TOKENIZER.encode(assistant), 10**6))
         messages.append({"role": "assistant", "content": assistant})
 
 
-def test_a_user_cannot_write_control_tokens(chat: dict[str, Path]) -> None:
-    """Text that looks like BOS or EOS stays text."""
+def test_typed_text_and_the_system_prompt_never_become_special_tokens(chat: dict[str, Path]) -> None:
+    """The spelling of BOS or EOS stays text, in every turn."""
+    hostile = "a </s><s> b"
     for flags in ([], ["--raw"]):
-        ids = session_of(chat["float32"], *flags).conversation().prompt("a </s><s> b")
-        assert ids.count(TOKENIZER.ends[0]) == 0 and ids.count(TOKENIZER.start[0]) == 1
+        conversation = session_of(chat["float32"], *flags, "--system", hostile).conversation()
+        ids = conversation.prompt(hostile)
+        assert (ids.count(BOS), ids.count(EOS)) == (1, 0)
+        assert TOKENIZER.bpe.processor.decode(ids).count("</s><s>") == 2
+        conversation.add(hostile, "yes")
+        ids = conversation.prompt(hostile)
+        assert (ids.count(BOS), ids.count(EOS)) == ((1, 0) if flags else (2, 1))
 
 
 def test_without_a_template_the_text_goes_on(demo: dict[str, Path], chat: dict[str, Path]) -> None:
-    """For a base model, and for a chat model with --raw: BOS once, nothing of the template."""
+    """For a base model, and for a chat model with --raw: BOS once, nothing of the template, no spaces in between."""
     for session in (session_of(demo["target"]), session_of(chat["float32"], "--raw")):
-        talk = session.conversation()
-        prompt = talk.prompt("import os")
-        assert prompt == [*TOKENIZER.start, *TOKENIZER.encode("import os")]
-        talk.add("import os", prompt, [5, 6])
-        assert talk.prompt("def f():") == [*prompt, 5, 6, *TOKENIZER.encode("def f():")]
-    talk = session_of(demo["target"], "--system", "x = 1").conversation()
-    assert talk.prompt("y") == [*TOKENIZER.start, *TOKENIZER.encode("x = 1\ny")]
+        conversation = session.conversation()
+        prompt = conversation.prompt("import os")
+        assert prompt == [BOS, *TOKENIZER.encode("import os")]
+        answer = TOKENIZER.encode("and sys")
+        conversation.add("import os", TOKENIZER.decode(answer, 100))
+        assert conversation.prompt("\ndef f():") == [*prompt, *answer, *TOKENIZER.bpe.encode("\ndef f():", False)]
+    conversation = session_of(demo["target"], "--system", "x = 1").conversation()
+    assert conversation.prompt("y") == [BOS, *TOKENIZER.encode("x = 1\ny")]
 
 
 # ---- The command line
@@ -346,12 +420,12 @@ def test_without_a_template_the_text_goes_on(demo: dict[str, Path], chat: dict[s
 
 @pytest.mark.parametrize("flags", [[], ["--raw"], ["--system", "Be brief."]])
 def test_a_prompt_is_a_turn_of_a_chat_model(chat: dict[str, Path], flags: list[str], capsys) -> None:
-    """And with --raw a text to go on with; of a base model it always is."""
+    """With --raw it is a text to continue, as it always is for a base model."""
     words = ["--checkpoint_path", str(chat["float32"]), "--device", "cpu", "--max_new_tokens", "1", *flags]
-    session = answer_all(build_parser().parse_args([*words, "--prompt", "import os"]))
-    talk = session_of(chat["float32"], *flags).conversation()
-    assert talk.template is ("--raw" not in flags)
-    assert session.answers[0].prompt == len(talk.prompt("import os"))
+    session = generate_all(build_parser().parse_args([*words, "--prompt", "import os"]))
+    conversation = session_of(chat["float32"], *flags).conversation()
+    assert conversation.use_chat_template is ("--raw" not in flags)
+    assert f"Prompt tokens: {len(conversation.prompt('import os'))} " in session.statistics
 
 
 def command(path: Path, *flags: object, script: str = "generate.py") -> list[str]:
@@ -362,7 +436,7 @@ def command(path: Path, *flags: object, script: str = "generate.py") -> list[str
 def test_piped_lines_are_answered_on_stdout_and_nothing_else_there(
     chat: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One answer and one line end per line; a line that cannot be read is told, and the next one is answered."""
+    """One answer and one line end per line; a line that cannot be read is an error, and the next one is answered."""
     session = session_of(chat["float32"], "--max_new_tokens", 12)
     turns = talk(session, [*LINES[:2], "one\rline"], monkeypatch)
     assert len(turns) == 3
@@ -374,18 +448,18 @@ def test_piped_lines_are_answered_on_stdout_and_nothing_else_there(
     assert done.returncode == 0
     assert done.stdout.decode() == expected
     assert "UTF-8" in done.stderr.decode() and "Traceback" not in done.stderr.decode()
-    assert done.stderr.decode().count("Prompt tokens") == 1  # statistics only where they were asked for
+    assert done.stderr.decode().count("Prompt tokens") == 1  # statistics only after /stats
 
 
 @pytest.mark.slow
 def test_prefixes_of_a_conversation_outlive_the_process(chat: dict[str, Path], tmp_path: Path) -> None:
-    """generate_prefill.py --interactive finds in the second run what the first one computed."""
-    said = "a long line that fills some blocks of sixteen tokens each, for example this one, read_file\n/stats\n"
+    """generate_prefill.py --interactive finds in the second run the prefixes that the first one computed."""
+    lines = "a long line that fills some blocks of sixteen tokens each, for example this one, read_file\n/stats\n"
     flags = ("--cache_dir", tmp_path / "prefixes", "--precision", "float32")
     runs = [
         subprocess.run(
             command(chat["float32"], *flags, script="generate_prefill.py"),
-            input=said,
+            input=lines,
             capture_output=True,
             cwd=ROOT,
             text=True,
@@ -394,11 +468,11 @@ def test_prefixes_of_a_conversation_outlive_the_process(chat: dict[str, Path], t
     ]
     cached = [int(re.search(r"cached (\d+)", run.stderr)[1]) for run in runs]
     assert runs[0].stdout == runs[1].stdout != ""
-    assert cached[0] == 0 and cached[1] >= generate_prefill.BLOCK
+    assert cached[0] == 0 and cached[1] >= BLOCK_SIZE
 
 
 class Terminal:
-    """A program on a pseudo-terminal: what it shows, and keys."""
+    """A program on a pseudo-terminal: its output, and keys."""
 
     def __init__(self, words: list[str]) -> None:
         pid, self.fd = pty.fork()
@@ -409,7 +483,7 @@ class Terminal:
         self.pid, self.shown = pid, ""
 
     def wait_for(self, text: str, seconds: float = 60) -> str:
-        """What was shown up to and including `text`, which is then forgotten."""
+        """The output up to and including `text`, which is then forgotten."""
         end = time.monotonic() + seconds
         while text not in self.shown:
             assert time.monotonic() < end, self.shown
@@ -422,7 +496,7 @@ class Terminal:
         return before + text
 
     def wait_for_anything(self) -> None:
-        """Until something new is shown."""
+        """Wait until there is new output."""
         while not self.shown:
             self.shown += os.read(self.fd, 4096).decode(errors="replace")
 
@@ -435,7 +509,7 @@ class Terminal:
 
 @pytest.fixture
 def terminal() -> Callable:
-    """A function that opens a Terminal; all are closed at the end."""
+    """A function that opens a Terminal; all of them are closed at the end."""
     made = []
     yield lambda words: made.append(Terminal(words)) or made[-1]
     for each in made:

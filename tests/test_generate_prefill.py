@@ -8,23 +8,26 @@ import socket
 import subprocess
 import sys
 import tempfile
-import terminal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import utils
+
 import pytest
 import torch
-from conftest import ROOT, generated, make_sampling, new_engine, random_model
+from conftest import ROOT, generated, make_params, new_engine, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import generate_prefill
 from checkpoint import load_model, read_checkpoint
-from generate import generate
-from generate_prefill import BLOCK, CachedEngine, Store
+from generate import Engine
+from generate_prefill import BLOCK_SIZE, PrefixCache
 from model import ModelArgs, Transformer
-from speculation import Lookup, Speculation
+from sampling import SamplingParams
+from speculation import PromptLookup, Speculation
 
 ARGS = ModelArgs(32, 2, 4, 2, 8, 48, 97, 1e-5, 10000.0, 1.0, 256)
 GB = 10**9
@@ -32,42 +35,56 @@ A = [1 + i * 7 % 90 for i in range(100)]
 
 
 MODEL = random_model(ARGS)
-FILE = ARGS.n_layer * 2 * ARGS.n_kv_head * BLOCK * ARGS.head_dim * 4 + len(Store.MAGIC) + 32  # bytes
+CHECKSUM = 32  # bytes of a SHA-256
+BLOCK_BYTES = ARGS.n_layer * 2 * ARGS.n_kv_head * BLOCK_SIZE * ARGS.head_dim * 4
+FILE = len(PrefixCache.MAGIC) + CHECKSUM + BLOCK_BYTES
 
 
-def cached_engine(folder: Path, budget: int = GB, model: Transformer = MODEL, root: str = "root") -> CachedEngine:
-    checkpoint = SimpleNamespace(args=model.args, header={"id": root, "quantization": None})
-    cache = model.make_cache(model.args.max_seq_length)
-    return CachedEngine(model, cache, checkpoint=checkpoint, store=Store(folder, budget))
+def cached_engine(
+    folder: Path, max_bytes: int = GB, model: Transformer = MODEL, checkpoint_id: str = "target"
+) -> Engine:
+    checkpoint = SimpleNamespace(args=model.args, header={"id": checkpoint_id, "quantization": None})
+    return Engine(model, model.args.max_seq_length, checkpoint, PrefixCache(folder, max_bytes))
 
 
-def answer(engine: CachedEngine, prompt: list[int], count: int = 12, speculation: Speculation | None = None) -> tuple:
-    """The ids that follow, the tokens of the prompt that ran, and those cached; the engine then keeps them."""
-    rows, run = [], type(engine).run
-    engine.run = lambda ids, *rest, **more: (rows.append(len(ids)), run(engine, ids, *rest, **more))[1]
-    engine.rewind(prompt)
-    cached = len(engine.ids)
-    ids = list(generate(engine, prompt, count, (), make_sampling(3, 0.8), speculation))
-    ran = sum(rows) - (count - 1)
-    engine.keep(prompt + ids)
-    return ids, ran, cached
+def answer(engine: Engine, prompt: list[int], count: int = 12, speculation: Speculation | None = None) -> tuple:
+    """The ids that follow, the number of the prompt's tokens that ran, and of those cached."""
+    rows = []
+
+    def forward(ids: list[int], params: SamplingParams) -> list[int]:
+        rows.append(len(ids))
+        return type(engine).forward(engine, ids, params)
+
+    engine.forward = forward
+    ids = generated(engine, prompt, count, make_params(3, 0.8), speculation=speculation)
+    return ids, sum(rows) - (count - 1), engine.num_cached
 
 
-def test_what_is_stored_is_not_read_to_store_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def fresh(prompt: list[int], count: int = 12) -> list[int]:
+    """The ids that follow, from an engine without a prefix cache."""
+    return generated(new_engine(MODEL), prompt, count, make_params(3, 0.8))
+
+
+def blocks(engine: Engine, ids: list[int]) -> list[Path]:
+    """The file of each block of `ids`."""
+    return [path for _, path, _ in engine.prefix_cache.blocks(engine, ids)]
+
+
+def test_saved_blocks_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A turn of a conversation costs its own blocks; one that another process has deleted is written again."""
     engine, reads = cached_engine(tmp_path), []
     answer(engine, A[:80])
-    monkeypatch.setattr(Store, "read", lambda self, name: reads.append(name))
+    monkeypatch.setattr(PrefixCache, "load_block", lambda self, path, part: reads.append(path))
     answer(engine, A)
-    assert len(reads) == 1  # the first block that is not there
     paths(tmp_path)[0].unlink()
     answer(engine, A)
+    assert reads == []
     monkeypatch.undo()
     assert answer(cached_engine(tmp_path), A)[2] == 96
 
 
 def paths(folder: Path) -> list[Path]:
-    """The files that a store keeps in `folder`."""
+    """The files that a PrefixCache keeps in `folder`."""
     return sorted((folder / "llama_prefixes").iterdir())
 
 
@@ -75,7 +92,7 @@ def files(folder: Path) -> set[str]:
     return {path.name for path in paths(folder)}
 
 
-CASES = {  # a prompt after A, and how much of it is on disk (A was answered with 12 tokens: 111 positions, 6 blocks)
+CASES = {  # a prompt after A, and the number of its tokens on disk (A and 12 more: 111 positions, 6 blocks)
     "exact hit": (A, 96),
     "one token more": (A + [5], 96),
     "one token fewer": (A[:-1], 96),
@@ -86,7 +103,7 @@ CASES = {  # a prompt after A, and how much of it is on disk (A was answered wit
     "other in the middle": (A[:50] + [50] + A[51:], 48),
     "other at a block's first": (A[:48] + [50] + A[49:], 48),
     "other at the last token": (A[:-1] + [50], 96),
-    "the stored one is longer": (A[:40], 32),
+    "the saved one is longer": (A[:40], 32),
     "short": (A[:16], 0),
     "one token": ([1], 0),
     "other order": (A[::-1], 0),
@@ -97,60 +114,57 @@ CASES = {  # a prompt after A, and how much of it is on disk (A was answered wit
 def test_text_and_work_after_a_restart(name: str, tmp_path: Path) -> None:
     """The text is that without a cache; exactly the tokens that are not cached run, at least one."""
     answer(cached_engine(tmp_path), A)
-    prompt, stored = CASES[name]
+    prompt, saved = CASES[name]
     ids, ran, cached = answer(cached_engine(tmp_path), prompt)
-    assert ids == generated(new_engine(MODEL), prompt, 12, make_sampling(3, 0.8))
-    assert (ran, cached) == (len(prompt) - stored, stored)
+    assert ids == fresh(prompt)
+    assert (ran, cached) == (len(prompt) - saved, saved)
 
 
-def test_in_one_process_what_the_cache_holds_needs_no_file(tmp_path: Path) -> None:
+def test_in_one_process_cached_tokens_need_no_file(tmp_path: Path) -> None:
     """To the token, not to the block; files go on where it ends."""
     engine = cached_engine(tmp_path)
     answer(engine, A)
     other = A[:37] + [50] * 30
     assert answer(engine, other)[2] == 37
-    assert answer(engine, A)[2] == 96  # 37 from the cache's beginning, the rest from disk
+    assert answer(engine, A)[2] == 96  # 37 from the KV cache, the rest from disk
     assert answer(engine, A)[2] == 99
 
 
-def test_branches_share_their_trunk_and_an_extension_stores_only_its_own_part(tmp_path: Path) -> None:
+def test_branches_share_their_prefix_and_an_extension_saves_only_its_own_part(tmp_path: Path) -> None:
     sizes = []
     for prompt in (A, A + [3] * 40, A[:64] + [9] * 40, A):
-        assert answer(cached_engine(tmp_path), prompt)[0] == generated(
-            new_engine(MODEL), prompt, 12, make_sampling(3, 0.8)
-        )
+        assert answer(cached_engine(tmp_path), prompt)[0] == fresh(prompt)
         sizes.append(len(files(tmp_path)))
-    first = (len(A) + 11) // BLOCK
+    first = (len(A) + 11) // BLOCK_SIZE
     assert sizes[0] == first
-    assert sizes[1] == first + (len(A) + 40 + 11) // BLOCK - len(A) // BLOCK  # A's answer goes on otherwise behind A
-    assert sizes[2] == sizes[1] + (64 + 40 + 11) // BLOCK - 64 // BLOCK
+    assert (
+        sizes[1] == first + (len(A) + 40 + 11) // BLOCK_SIZE - len(A) // BLOCK_SIZE
+    )  # after A, its answer goes on otherwise
+    assert sizes[2] == sizes[1] + (64 + 40 + 11) // BLOCK_SIZE - 64 // BLOCK_SIZE
     assert sizes[3] == sizes[2]
 
 
 def test_the_least_recently_used_goes_first_and_leaves_before_parents(tmp_path: Path) -> None:
-    entry = FILE
-    answer(cached_engine(tmp_path, 12 * entry), A, 2)  # 6 blocks
+    answer(cached_engine(tmp_path, 12 * FILE), A, 2)  # 6 blocks
     for i in range(4):  # others come and go, A is used in between
-        answer(cached_engine(tmp_path, 12 * entry), [60 + i] + A[1:40], 2)
-        assert answer(cached_engine(tmp_path, 12 * entry), A, 2)[2] == 96
-        assert sum(path.stat().st_size for path in paths(tmp_path)) <= 12 * entry
-    assert answer(cached_engine(tmp_path, 12 * entry), [60] + A[1:40], 2)[2] == 0  # the oldest of the others
-    crowded = cached_engine(tmp_path, 4 * entry)
-    assert answer(crowded, [77] + A[1:100], 2)[0] == generated(
-        new_engine(MODEL), [77] + A[1:100], 2, make_sampling(3, 0.8)
-    )
+        answer(cached_engine(tmp_path, 12 * FILE), [60 + i] + A[1:40], 2)
+        assert answer(cached_engine(tmp_path, 12 * FILE), A, 2)[2] == 96
+        assert sum(path.stat().st_size for path in paths(tmp_path)) <= 12 * FILE
+    assert answer(cached_engine(tmp_path, 12 * FILE), [60] + A[1:40], 2)[2] == 0  # the oldest of the others
+    crowded = cached_engine(tmp_path, 4 * FILE)
+    assert answer(crowded, [77] + A[1:100], 2)[0] == fresh([77] + A[1:100], 2)
     assert len(files(tmp_path)) <= 4
 
 
 def test_of_one_chain_the_last_block_goes_first(tmp_path: Path) -> None:
-    """Without its beginning the rest of a prefix is worth nothing: half of the room keeps the first half."""
+    """A block is useless without the ones before it: half of the bytes keep the first half."""
     engine = cached_engine(tmp_path)
     answer(engine, A, 2)
-    names = [name for _, name, _ in engine.blocks(A)]
-    times = [(tmp_path / "llama_prefixes" / name).stat().st_mtime_ns for name in names]
+    chain = blocks(engine, A)
+    times = [path.stat().st_mtime_ns for path in chain]
     assert times == sorted(times, reverse=True) and len(set(times)) == len(times) == 6
     answer(cached_engine(tmp_path, 3 * FILE), A, 2)
-    assert files(tmp_path) == set(names[:3])
+    assert paths(tmp_path) == sorted(chain[:3])
     assert answer(cached_engine(tmp_path), A, 2)[2] == 48
 
 
@@ -160,19 +174,19 @@ prompts = st.lists(st.tuples(segments, st.integers(1, 40), st.booleans()), min_s
 
 @settings(max_examples=40, deadline=None)
 @given(prompts, st.sampled_from([1000, 9, 3]))
-def test_any_sequence_of_prompts_gives_what_fresh_computation_gives(sequence: list[tuple], room: int) -> None:
-    """Prompts of repeated segments that branch anywhere, restarts, and a store with room for few blocks."""
+def test_any_sequence_of_prompts_gives_the_text_of_fresh_computation(sequence: list[tuple], max_files: int) -> None:
+    """Prompts of repeated segments that branch anywhere, restarts, and a cache of few blocks."""
     folder = Path(tempfile.mkdtemp())
     try:
-        engine = cached_engine(folder, room * FILE)
+        engine = cached_engine(folder, max_files * FILE)
         for parts, length, restart in sequence:
             prompt = [1, *(token for part in parts for token in [part + 2, 5, 7 * part + 1] * length)][:200]
             if restart:
-                engine = cached_engine(folder, room * FILE)
+                engine = cached_engine(folder, max_files * FILE)
             ids, ran, cached = answer(engine, prompt, 4)
             assert ran == len(prompt) - cached
-            assert ids == generated(new_engine(MODEL), prompt, 4, make_sampling(3, 0.8))
-            assert len(list(folder.glob("*/*"))) <= room
+            assert ids == fresh(prompt, 4)
+            assert len(list(folder.glob("*/*"))) <= max_files
     finally:
         shutil.rmtree(folder)
 
@@ -189,31 +203,32 @@ def quantized(demo: dict[str, Path]) -> dict[str, Transformer]:
 def test_text_with_quantization_and_speculation(
     weights: str, guesses: str, quantized: dict, demo, tmp_path: Path
 ) -> None:
-    """A draft has a cache of its own, under a root of its own; what was guessed in vain is in no file."""
+    """A draft has files of its own, under its own id; rejected guesses are in no file."""
     model, prompt = quantized[weights], A + A[:30]
-    expected = generated(new_engine(model), prompt, 40, make_sampling(3, 0.8))
-    draft = load_model(read_checkpoint(demo["draft"]), "cpu", torch.float32)
+    expected = generated(new_engine(model), prompt, 40, make_params(3, 0.8))
+    small = load_model(read_checkpoint(demo["draft"]), "cpu", torch.float32)
     for restarted in (False, True):
-        engine, other = cached_engine(tmp_path, model=model), cached_engine(tmp_path, model=draft, root="draft")
-        sources = {"none": None, "lookup": Speculation(None, 7, Lookup()), "draft": Speculation(other.guess, 7)}
+        engine, draft = cached_engine(tmp_path, model=model), cached_engine(tmp_path, GB, small, "draft")
+        sources = {"none": None, "lookup": Speculation(None, 7, PromptLookup()), "draft": Speculation(draft, 7)}
         speculation = sources[guesses]
         ids, _, cached = answer(engine, prompt, 40, speculation)
-        other.keep(prompt + ids)
         assert ids == expected
         assert cached == restarted * 128
-    names = {name for each in (engine, other) for _, name, _ in each.blocks((prompt + ids)[:-1])}
-    assert files(tmp_path) <= names
-    assert speculation is None or any(tried for _, tried, _ in speculation.rounds)
+        assert guesses != "draft" or draft.num_cached > 0
+        assert speculation is None or speculation.num_drafted > 0
+    chains = [blocks(each, (prompt + ids)[:-1]) for each in (engine, draft)]
+    assert set(paths(tmp_path)) <= {path for chain in chains for path in chain}
+    assert guesses != "draft" or chains[1][0].exists()
 
 
 @pytest.mark.slow
 def test_text_when_compiled(quantized: dict, tmp_path: Path) -> None:
     model = quantized["float32"]
-    expected = generated(new_engine(model), A, 30, make_sampling(3, 0.8))
+    expected = generated(new_engine(model), A, 30, make_params(3, 0.8))
     answer(cached_engine(tmp_path, model=model), A, 30)
     engine = cached_engine(tmp_path, model=model)
-    engine.compile(True, True, make_sampling(3, 0.8))
-    speculation = Speculation(None, 5, Lookup())
+    engine.compile(True, True, make_params(3, 0.8))
+    speculation = Speculation(None, 5, PromptLookup())
     ids, _, cached = answer(engine, A, 30, speculation)
     assert (ids, cached) == (expected, 96)
 
@@ -234,38 +249,60 @@ def damages(size: int) -> list[tuple[str, Callable]]:
     ]
 
 
-def test_a_damaged_file_is_not_used_is_told_once_and_replaced(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """A byte changed or the file cut anywhere: the blocks before it still serve."""
+def test_a_damaged_file_is_not_used_costs_one_line_and_is_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A bit flipped or the file cut anywhere: the blocks before it still serve."""
     answer(cached_engine(tmp_path), A, 2)
-    names = [name for _, name, _ in cached_engine(tmp_path).blocks(A)]
-    path, expected = tmp_path / "llama_prefixes" / names[2], generated(new_engine(MODEL), A, 2, make_sampling(3, 0.8))
+    path, expected = blocks(cached_engine(tmp_path), A)[2], fresh(A, 2)
     whole = path.read_bytes()
-    for what, damage in damages(len(whole)):
+    for name, damage in damages(len(whole)):
         path.write_bytes(damage(whole))
         capsys.readouterr()
         ids, ran, cached = answer(cached_engine(tmp_path), A, 2)
-        assert (ids, ran, cached) == (expected, 100 - 32, 32), what
+        assert (ids, ran, cached) == (expected, 100 - 32, 32), name
         assert capsys.readouterr().err.count("\n") == 1
-        assert path.stat().st_size == len(whole)
+        assert path.read_bytes() == whole
         assert answer(cached_engine(tmp_path), A, 2)[2] == 96
 
 
 def test_a_file_under_another_name_is_not_used(tmp_path: Path) -> None:
     answer(cached_engine(tmp_path), A, 2)
-    names = [name for _, name, _ in cached_engine(tmp_path).blocks(A)]
-    folder = tmp_path / "llama_prefixes"
-    shutil.copyfile(folder / names[1], folder / names[3])
-    assert answer(cached_engine(tmp_path), A, 2)[2] == 48
+    chain = blocks(cached_engine(tmp_path), A)
+    shutil.copyfile(chain[1], chain[3])
+    ids, _, cached = answer(cached_engine(tmp_path), A, 2)
+    assert (ids, cached) == (fresh(A, 2), 48)
 
 
-def test_only_the_user_may_read_what_was_typed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["file", "link", "folder"])
+def test_a_foreign_thing_under_the_name_of_a_block_is_not_used(kind: str, tmp_path: Path, capsys) -> None:
+    """The text is right, at the cost of one line; a link's target and a folder stay as they are."""
+    answer(cached_engine(tmp_path), A, 2)
+    path, theirs = blocks(cached_engine(tmp_path), A)[2], tmp_path / "report.txt"
+    path.unlink()
+    theirs.write_text("important" * 999)
+    if kind == "file":
+        shutil.copyfile(theirs, path)
+    elif kind == "link":
+        path.symlink_to(theirs)
+    else:
+        path.mkdir()
+        theirs = theirs.rename(path / "report.txt")
+    capsys.readouterr()
+    ids, _, cached = answer(cached_engine(tmp_path, 1), A, 2)
+    assert (ids, cached) == (fresh(A, 2), 32)
+    assert capsys.readouterr().err.count("\n") == 1
+    assert theirs.read_text() == "important" * 999
+
+
+def test_only_the_user_may_read_the_files(tmp_path: Path) -> None:
     answer(cached_engine(tmp_path / "new"), A, 2)
     assert (tmp_path / "new" / "llama_prefixes").stat().st_mode & 0o777 == 0o700
     assert {path.stat().st_mode & 0o777 for path in paths(tmp_path / "new")} == {0o600}
 
 
 def foreign_things(folder: Path) -> None:
-    """What a user may have in a folder: files, links, folders, a socket, a pipe; some with a store's kind of name."""
+    """Old files, links, folders, a socket, a pipe of another program; some have names like the files of a cache."""
     name = "ab" * 32 + ".kv"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.txt").write_text("important" * 9999)
@@ -274,52 +311,57 @@ def foreign_things(folder: Path) -> None:
     (folder / name).write_bytes(b"not a prefix, whatever it is called" * 9999)
     (folder / ".mine.kv.1.tmp").mkdir()
     (folder / "sub").mkdir()
-    (folder / "sub" / name).write_bytes(Store.MAGIC * 9999)
+    (folder / "sub" / name).write_bytes(PrefixCache.MAGIC * 9999)
     (folder / ("cd" * 32 + ".kv")).symlink_to(folder / "report.txt")
     (folder / ("ef" * 32 + ".kv")).mkdir()
     os.mkfifo(folder / ("12" * 32 + ".kv"))
     os.chdir(folder)  # the path of a socket is short
     socket.socket(socket.AF_UNIX).bind("34" * 32 + ".kv")
     os.chdir(ROOT)
+    for path in folder.iterdir():
+        os.utime(path, (0, 0), follow_symlinks=False)
 
 
-@pytest.mark.parametrize("inside", [False, True], ids=["the folder that was named", "the store's own folder"])
-def test_a_store_deletes_nothing_that_it_did_not_write(tmp_path: Path, inside: bool) -> None:
-    """Whatever lies there, and however small the budget."""
+@pytest.mark.parametrize("inside", [False, True], ids=["in --cache_dir", "in llama_prefixes"])
+def test_nothing_of_another_program_is_deleted(tmp_path: Path, inside: bool) -> None:
+    """Even if only one byte may be used."""
     foreign_things(tmp_path / "llama_prefixes" if inside else tmp_path)
     before = {path: path.lstat() for path in tmp_path.rglob("*") if path.name != "llama_prefixes"}
     for prompt in (A, A[::-1], A[50:] + A[:50]):
-        answer(cached_engine(tmp_path, 1), prompt)
+        assert answer(cached_engine(tmp_path, 1), prompt)[0] == fresh(prompt)
     after = {path: path.lstat() for path in before}
     assert all(
         (after[path].st_size, after[path].st_mtime_ns) == (s.st_size, s.st_mtime_ns) for path, s in before.items()
     )
 
 
-def test_what_a_killed_process_left_is_deleted_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
-    folder = tmp_path / "llama_prefixes"
+def test_temporary_files_of_killed_processes_are_deleted_when_a_day_old(tmp_path: Path) -> None:
+    """Until then a process may still write them."""
+    folder, hour = tmp_path / "llama_prefixes", 3600
     folder.mkdir()
-    left = folder / f".{'ab' * 32}.kv.12345.tmp"
-    left.write_bytes(Store.MAGIC)
-    with terminal.replacing(folder / ("cd" * 32 + ".kv")) as living:
-        living.write_bytes(Store.MAGIC)
+    for age in (0, 23 * hour, 25 * hour, 99 * 24 * hour):
+        path = folder / f".{'ab' * 32}.kv.{age}.tmp"
+        path.write_bytes(PrefixCache.MAGIC)
+        os.utime(path, (time.time() - age, time.time() - age))
+    with utils.atomic_write(folder / ("cd" * 32 + ".kv")) as writing:
         answer(cached_engine(tmp_path), A)
-        assert living.exists()
-        assert not left.exists()
+        left = {path.name for path in folder.glob(".*")} - {writing.name}
+        assert writing.exists()
+    assert left == {f".{'ab' * 32}.kv.{age}.tmp" for age in (0, 23 * hour)}
 
 
 @pytest.mark.parametrize(
     "failure", [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EROFS, "Read-only")]
 )
-def test_a_store_that_cannot_be_written_costs_one_line(failure: OSError, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_folder_that_cannot_be_written_costs_one_line(failure: OSError, tmp_path: Path, monkeypatch, capsys) -> None:
     def fail(*_, **__) -> None:
         raise failure
 
-    monkeypatch.setattr(terminal, "replacing", fail)
+    monkeypatch.setattr(utils, "atomic_write", fail)
     (tmp_path / "llama_prefixes").mkdir()
     engine = cached_engine(tmp_path)
     for prompt in (A, A[:50], [3] * 60):
-        assert answer(engine, prompt, 4)[0] == generated(new_engine(MODEL), prompt, 4, make_sampling(3, 0.8))
+        assert answer(engine, prompt, 4)[0] == fresh(prompt, 4)
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -345,8 +387,7 @@ for i in range(10):
         for j in range(6):
             prompt = A[: 20 + 7 * j] + [i, j % 3] * 30
             ids, ran, cached = answer(cached_engine(folder, 20 * FILE), prompt, 3)
-            fresh = generated(new_engine(MODEL), prompt, 3, make_sampling(3, 0.8))
-            if ids != fresh or ran + cached != len(prompt):
+            if ids != fresh(prompt, 3) or ran + cached != len(prompt):
                 os._exit(1)
         os._exit(0)
     children.append(child)
@@ -372,17 +413,17 @@ def child(folder: Path, kind: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", CHILD, folder, kind], cwd=ROOT, capture_output=True, text=True)
 
 
-def test_after_a_kill_while_storing_the_next_run_is_right(tmp_path: Path) -> None:
+def test_after_a_kill_while_saving_the_next_run_is_right(tmp_path: Path) -> None:
     assert child(tmp_path, "killed").returncode == -9
     ids, _, cached = answer(cached_engine(tmp_path), A)
-    assert ids == generated(new_engine(MODEL), A, 12, make_sampling(3, 0.8))
+    assert ids == fresh(A)
     assert cached == 48
 
 
 @pytest.mark.parametrize("when", ["before its status is read", "before its content is read"])
-def test_a_file_that_another_process_deletes_does_not_end_the_making_of_room(tmp_path, monkeypatch, when: str) -> None:
+def test_a_file_that_another_process_deletes_does_not_end_eviction(tmp_path, monkeypatch, when: str) -> None:
     answer(cached_engine(tmp_path), A)
-    store, gone = Store(tmp_path, 2 * FILE), sorted(paths(tmp_path))[0]
+    cache, gone = PrefixCache(tmp_path, 2 * FILE), paths(tmp_path)[0]
     glob, read = Path.glob, Path.read_bytes
 
     def read_bytes(path: Path) -> bytes:
@@ -394,15 +435,15 @@ def test_a_file_that_another_process_deletes_does_not_end_the_making_of_room(tmp
         gone.unlink()
         monkeypatch.setattr(Path, "glob", lambda folder, pattern: [gone, *glob(folder, pattern)])
     else:
-        os.utime(gone, ns=(0, 0))  # the last one in turn
+        os.utime(gone, ns=(0, 0))  # the least recently used
         monkeypatch.setattr(Path, "read_bytes", read_bytes)
-    store.trim()
+    cache.evict()
     assert not gone.exists()
     assert len(paths(tmp_path)) == 2
 
 
 def test_ten_processes_share_a_folder(tmp_path: Path) -> None:
-    """Every text is right; the budget of 20 files is exceeded by what each process is writing at most."""
+    """Every text is right; the limit of 20 files is exceeded by the files that each process is writing at most."""
     done = child(tmp_path, "ten")
     assert done.returncode == 0, done.stderr
     assert 10 < float(done.stdout) <= 20 + 10 * 9  # an answer has up to 9 blocks
@@ -425,7 +466,9 @@ def run_main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> 
     return run
 
 
-def test_the_next_run_finds_what_the_last_one_stored(demo: dict[str, Path], tmp_path: Path, run_main: Callable) -> None:
+def test_the_next_run_finds_the_files_of_the_last_one(
+    demo: dict[str, Path], tmp_path: Path, run_main: Callable
+) -> None:
     flags = ["--checkpoint_path", demo["target"], "--cache_dir", tmp_path / "prefixes", "--precision", "float32"]
     first, err, cached = run_main(*flags)
     assert err.count(f"prefixes are stored in {tmp_path / 'prefixes' / 'llama_prefixes'}") == 1
@@ -440,7 +483,7 @@ def test_the_next_run_finds_what_the_last_one_stored(demo: dict[str, Path], tmp_
     assert cached[0].startswith("0 of ")
 
 
-def test_what_comes_first_from_a_file_and_from_standard_input(demo, tmp_path: Path, run_main, monkeypatch) -> None:
+def test_the_system_text_from_a_file_and_from_standard_input(demo, tmp_path: Path, run_main, monkeypatch) -> None:
     (tmp_path / "context.txt").write_text("def f(x):\n    return x")
     flags = ["--checkpoint_path", demo["target"], "--no_cache", "--prompt", "def g(", "--prompt", "class"]
     expected = run_main(*flags, "--system", "def f(x):\n    return x")[0]
@@ -453,7 +496,7 @@ def test_what_comes_first_from_a_file_and_from_standard_input(demo, tmp_path: Pa
 def test_other_weights_precision_or_config_find_nothing(
     demo: dict[str, Path], tmp_path: Path, run_main: Callable
 ) -> None:
-    """Under the same path: the file's own id decides, not its name."""
+    """Under the same path: the id in the checkpoint decides, not its name."""
     path, folder = tmp_path / "model.pth", tmp_path / "prefixes"
     shutil.copyfile(demo["target"], path)
     flags = [

@@ -1,11 +1,11 @@
-"""A grown model says what the small one says."""
+"""A grown model generates the text of the small one."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_close, generated, make_sampling, new_engine, run_cli
+from conftest import assert_close, generated, make_params, new_engine, run_cli
 
 from benchmarks.grow import grow, shape_args
 from checkpoint import load_model, read_checkpoint
@@ -31,12 +31,12 @@ def logits(model: Transformer) -> torch.Tensor:
 
 
 def assert_same_text(grown: Transformer, small: Transformer) -> None:
-    """Logits alike, and the same tokens, greedy and sampled."""
+    """Assert close logits and equal tokens, greedy and sampled."""
     assert_close(logits(grown), logits(small))
     for temperature in (0.0, 0.8):
-        sampling = make_sampling(1, temperature)
-        expected = generated(new_engine(small), PROMPT, 30, sampling)
-        assert generated(new_engine(grown), PROMPT, 30, sampling) == expected
+        params = make_params(1, temperature)
+        expected = generated(new_engine(small), PROMPT, 30, params)
+        assert generated(new_engine(grown), PROMPT, 30, params) == expected
 
 
 @pytest.mark.parametrize("name", SMALLER)
@@ -59,7 +59,7 @@ def test_the_command_line_makes_the_folder_and_writes_bfloat16(demo: dict[str, P
     run_cli("-m", "benchmarks.grow", "--checkpoint_path", demo["draft"], "--shape", "68m", "--out", path)
     grown = read_checkpoint(path)
     assert grown.args.dim == 768
-    assert {tensor.dtype for tensor in grown.model.values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in grown.state_dict.values()} == {torch.bfloat16}
     ours, theirs = logits(load(path)), logits(load(demo["draft"]))
     assert (ours - theirs).abs().max() < 0.05 * theirs.abs().max()
 

@@ -1,4 +1,4 @@
-"""The CPU kernels against float64 references, fast and portable, and their promises about bits; how they are built."""
+"""The CPU kernels against float64 references, fast and portable; their promises about bits; their compilation."""
 
 import ctypes
 import os
@@ -14,14 +14,16 @@ import pytest
 import torch
 from conftest import ROOT, make_params, run_cli
 
-import kernels
+import tp
 from checkpoint import GROUPSIZES, load_model, read_checkpoint
-from kernels import cpu
-from sampling import sample
+from kernels import build, cpu
+from kernels.build import load_library
+from model import RMSNorm, dequantize
 from quantize import quantize, quantize_int4, quantize_int8
+from sampling import sample
 
 SCHEMES = [(16, 0), (8, 0), *((4, groupsize) for groupsize in GROUPSIZES)]  # bits and group size
-multiply = torch.ops.llama.linear
+linear, attention, swiglu = torch.ops.llama.linear, torch.ops.llama.attention, torch.ops.llama.swiglu
 COMPILER = os.environ.get("CXX") or "g++"
 pytestmark = pytest.mark.skipif(shutil.which(COMPILER.split()[0]) is None, reason="the kernels need a C++ compiler")
 
@@ -33,10 +35,10 @@ if platform.machine() == "x86_64":
 
 @pytest.fixture(params=BUILDS)
 def library(request, monkeypatch, tmp_path_factory) -> ctypes.CDLL:
-    """The kernels as this CPU gets them, and forced: the loops for any CPU, with vectors of 16 and 8 lanes."""
+    """The kernels for this CPU, and the loops for any CPU, with vectors of 16 and 8 lanes."""
     load_library.cache_clear()
     if BUILDS[request.param]:
-        monkeypatch.setattr(cpu, "FLAGS", BUILDS[request.param])
+        monkeypatch.setattr(build, "EXTRA_FLAGS", BUILDS[request.param])
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "builds"))
     yield load_library()
     load_library.cache_clear()
@@ -55,14 +57,14 @@ def stored(weight: torch.Tensor, bits: int, groupsize: int) -> list[torch.Tensor
 
 
 def product_error(x: torch.Tensor, weight: list[torch.Tensor | None]) -> float:
-    """Largest error of a product against float64, over what the roundings of sums and of the result allow.
+    """Largest error of a product against float64, over the bound for roundings of sums and of the result.
 
     Up to 16 rows, 64 of a quantized weight, the weight is not rounded at all; more take it in the activation's dtype.
     """
-    few = cpu.MAX_ROWS if weight[1] is None else 4 * cpu.MAX_ROWS
-    exact = dequantize(*weight, torch.float32 if len(x) <= few else x.dtype).double()
+    max_rows = cpu.MAX_ROWS if weight[1] is None else 4 * cpu.MAX_ROWS
+    exact = dequantize(*weight, torch.float32 if len(x) <= max_rows else x.dtype).double()
     terms = x.double().abs() @ exact.abs().T
-    error = (multiply(x[None], *weight)[0].double() - x.double() @ exact.T).abs()
+    error = (linear(x[None], *weight)[0].double() - x.double() @ exact.T).abs()
     return (error / (terms * 2**-16 + (x.double() @ exact.T).abs() * 2**-8 + 1e-30)).max().item()
 
 
@@ -95,15 +97,16 @@ def test_weights_mapped_from_a_file_give_the_same_product(library, demo, tmp_pat
         weight = [mapped.weight, mapped.scale, mapped.minimum]
         copied = [None if tensor is None else tensor.clone() for tensor in weight]
         x = normal(1, 3, 256).bfloat16()
-        assert torch.equal(multiply(x, *weight), multiply(x, *copied))
+        assert torch.equal(linear(x, *weight), linear(x, *copied))
 
 
 def attention_inputs(rows: int, filled: int, heads: tuple[int, int, int]) -> tuple[torch.Tensor, ...]:
-    """Projections, RoPE's rope, positions and cache of a batch of one: (n_head, n_kv_head, head_dim) heads."""
+    """Projections, RoPE's table, positions and cache of a batch of one: (n_head, n_kv_head, head_dim) heads."""
     n_head, n_kv_head, head_dim = heads
     qkv = normal(1, rows, (n_head + 2 * n_kv_head) * head_dim).bfloat16()
     positions = torch.arange(filled - rows, filled)
-    rope = 10000.0 ** -torch.linspace(0, 1, head_dim // 2)
+    angles = torch.outer(torch.arange(720.0), 10000.0 ** -torch.linspace(0, 1, head_dim // 2))
+    rope = torch.cat([angles.cos(), angles.sin()], dim=-1)
     return qkv, rope, positions, normal(2, 1, n_kv_head, 720, head_dim, seed=2).bfloat16()
 
 
@@ -113,18 +116,17 @@ def reference_attention(qkv, rope, positions, cache) -> torch.Tensor:
     rows, n_kv_head, head_dim = qkv.shape[1], k_cache.shape[1], k_cache.shape[3]
     heads = qkv[0].view(rows, -1, head_dim).double()
     n_head = heads.shape[1] - 2 * n_kv_head
-    angles = torch.outer(positions.float(), rope).double()[:, None]
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = rope[positions].double()[:, None].chunk(2, dim=-1)
     a, b = heads[:, : n_head + n_kv_head].chunk(2, dim=-1)
-    turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).bfloat16()
-    k_cache[0, :, positions] = turned[:, n_head:].transpose(0, 1)
+    rotated = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).bfloat16()
+    k_cache[0, :, positions] = rotated[:, n_head:].transpose(0, 1)
     v_cache[0, :, positions] = heads[:, n_head + n_kv_head :].bfloat16().transpose(0, 1)
     out = []
     for row, position in enumerate(positions.tolist()):
         for head in range(n_head):
             group = head // (n_head // n_kv_head)
             k, v = (half[0, group, : position + 1].double() for half in (k_cache, v_cache))
-            out.append((k @ turned[row, head].double() / head_dim**0.5).softmax(0) @ v)
+            out.append((k @ rotated[row, head].double() / head_dim**0.5).softmax(0) @ v)
     return torch.stack(out).view(1, rows, -1)
 
 
@@ -137,7 +139,7 @@ def test_attention_equals_the_definition(library, heads: tuple[int, int, int]) -
                 continue
             inputs = attention_inputs(rows, filled, heads)
             copies = [tensor.clone() for tensor in inputs]
-            y, expected = torch.ops.llama.attention(*inputs), reference_attention(*copies)
+            y, expected = attention(*inputs), reference_attention(*copies)
             assert (y.double() - expected).abs().max() < 2**-8 * expected.abs().max() + 1e-3, (filled, rows)
             different = inputs[3] != copies[3]
             assert different.float().mean() < 1e-3  # float32 against float64 at the middle of two bfloat16
@@ -147,19 +149,19 @@ def test_attention_equals_the_definition(library, heads: tuple[int, int, int]) -
 def test_row_i_of_many_is_bit_for_bit_that_row_alone(library) -> None:
     for scheme in SCHEMES:
         weight, x = stored(normal(41, 768) * 0.02, *scheme), normal(1, 16, 768).bfloat16()
-        alone = torch.cat([multiply(x[:, i : i + 1], *weight) for i in range(16)], dim=1)
+        alone = torch.cat([linear(x[:, i : i + 1], *weight) for i in range(16)], dim=1)
         for rows in range(1, 17):
-            assert torch.equal(multiply(x[:, :rows], *weight), alone[:, :rows]), (scheme, rows)
+            assert torch.equal(linear(x[:, :rows], *weight), alone[:, :rows]), (scheme, rows)
 
 
-def test_rows_of_attention_at_once_equal_one_by_one_and_do_not_see_what_follows(library) -> None:
+def test_rows_of_attention_at_once_equal_one_by_one_and_do_not_see_later_positions(library) -> None:
     for filled in (16, 200, 260, 600):
         qkv, rope, positions, cache = attention_inputs(16, filled, (8, 2, 64))
         dirty = cache.clone()
-        together = torch.ops.llama.attention(qkv, rope, positions, cache)
+        together = attention(qkv, rope, positions, cache)
         dirty[:, :, :, filled:] = float("nan")
         rows = [slice(i, i + 1) for i in range(16)]
-        single = [torch.ops.llama.attention(qkv[:, r], rope, positions[r], dirty) for r in rows]
+        single = [attention(qkv[:, r], rope, positions[r], dirty) for r in rows]
         assert torch.equal(torch.cat(single, dim=1), together)
         assert torch.equal(dirty[:, :, :, :filled], cache[:, :, :, :filled])
 
@@ -171,7 +173,7 @@ def test_the_same_bits_on_every_run_and_any_number_of_threads(library) -> None:
     try:
         for threads in (1, 2, 3, 8, 2):
             torch.set_num_threads(threads)
-            results.append((multiply(x, *weight), torch.ops.llama.attention(*inputs)))
+            results.append((linear(x, *weight), attention(*inputs)))
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:
@@ -179,8 +181,8 @@ def test_the_same_bits_on_every_run_and_any_number_of_threads(library) -> None:
 
 
 @pytest.mark.parametrize("channels", [2, 30, 64, 768, 2050])
-def test_what_stands_between_products_equals_float64_within_its_rounding(library, channels: int) -> None:
-    """RMSNorm, and SwiGLU, whose silu is rounded on its own; values from tiny to those at which silu is flat."""
+def test_norm_and_swiglu_equal_float64_within_their_rounding(library, channels: int) -> None:
+    """RMSNorm, and SwiGLU, whose silu is rounded on its own, for values from 1e-3 to 1e4."""
     for scale in (1e-3, 1.0, 30.0, 1e4):
         x = (normal(1, 7, channels) * scale).bfloat16()
         norm = RMSNorm(channels, 1e-5).bfloat16().requires_grad_(False)
@@ -191,26 +193,26 @@ def test_what_stands_between_products_equals_float64_within_its_rounding(library
         gate, up = wide.chunk(2, dim=-1)
         exact = gate.sigmoid() * gate * up
         least = (gate * up).abs() * 1e-37 + 1e-36  # exponentials end at e to the -87
-        assert ((torch.ops.llama.swiglu(x).double() - exact).abs() <= exact.abs() * 2**-7 + least).all()
+        assert ((swiglu(x).double() - exact).abs() <= exact.abs() * 2**-7 + least).all()
 
 
-def test_nan_and_infinity_pass_through_what_stands_between_products(library) -> None:
+def test_nan_and_infinity_pass_through_norm_and_swiglu(library) -> None:
     x = torch.ones(1, 1, 64, dtype=torch.bfloat16)
     for value in (float("nan"), float("inf")):
         x[..., 3] = value
         assert RMSNorm(64, 1e-5).bfloat16()(x)[0, 0, 3].isnan()
-        assert not torch.ops.llama.swiglu(x)[0, 0, 3].isfinite()
+        assert not swiglu(x)[0, 0, 3].isfinite()
 
 
-LIKELY = [(k, None, None) for k in (None, 1, 2, 40, 999, 2**64 + 1)]  # top_k, top_p, min_p
-LIKELY += [(None, 0.9, None), (None, 1e-6, None), (None, 1.0, None), (None, None, 0.05), (None, None, 1.0)]
-LIKELY += [(40, 0.8, None), (40, None, 0.1), (None, 0.95, 0.02), (100, 0.9, 0.01)]
+LIMITS = [(k, None, None) for k in (None, 1, 2, 40, 999, 2**64 + 1)]  # top_k, top_p, min_p
+LIMITS += [(None, 0.9, None), (None, 1e-6, None), (None, 1.0, None), (None, None, 0.05), (None, None, 1.0)]
+LIMITS += [(40, 0.8, None), (40, None, 0.1), (None, 0.95, 0.02), (100, 0.9, 0.01)]
 
 
-@pytest.mark.parametrize("top_k, top_p, min_p", LIKELY)
+@pytest.mark.parametrize("top_k, top_p, min_p", LIMITS)
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.5])
 def test_samples_are_those_of_pytorch(library, temperature: float, top_k: int | None, top_p, min_p) -> None:
-    """The same noise within float32's rounding, the same choice among equal logits: 320 samples of 1,000 tokens."""
+    """320 samples of 1,000 tokens: the same noise within float32's rounding, the same choice among equal logits."""
     for seed in range(20):
         logits = normal(16, 1000, seed=seed).bfloat16()
         if seed % 2:
@@ -220,13 +222,13 @@ def test_samples_are_those_of_pytorch(library, temperature: float, top_k: int | 
         assert torch.equal(sample(logits, positions, params), sample(logits.float(), positions, params))
 
 
-def test_a_sample_of_what_is_not_finite_is_none(library) -> None:
+def test_the_sample_of_logits_that_are_not_finite_is_minus_1(library) -> None:
     for value in (float("nan"), float("inf"), -float("inf")):
         for place in (0, 5, slice(None)):
-            for likely in LIKELY:
+            for limits in LIMITS:
                 logits = torch.zeros(2, 64, dtype=torch.bfloat16)
                 logits[1, place] = value
-                params = make_params(1, 0.8, *likely)
+                params = make_params(1, 0.8, *limits)
                 ids = sample(logits, torch.arange(2), params).tolist()
                 assert ids[0] >= 0
                 some = value < 0 and place != slice(None)  # an impossible token among possible ones
@@ -240,22 +242,22 @@ def test_row_i_of_many_is_that_row_alone_between_products(library) -> None:
     for i in range(16):
         row = slice(i, i + 1)
         assert torch.equal(norm(x)[:, row], norm(x[:, row]))
-        assert torch.equal(torch.ops.llama.swiglu(x)[:, row], torch.ops.llama.swiglu(x[:, row]))
+        assert torch.equal(swiglu(x)[:, row], swiglu(x[:, row]))
         assert torch.equal(sample(x[0], positions, params)[row], sample(x[0, row], positions[row], params))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_dequantized_slabs_equal_pytorch(library, dtype: torch.dtype, monkeypatch) -> None:
-    monkeypatch.setattr(kernels, "SLAB", torch.empty(5000))
+def test_a_weight_that_is_dequantized_in_parts_equals_pytorch(library, dtype: torch.dtype, monkeypatch) -> None:
+    monkeypatch.setattr(cpu, "DEQUANT_BUFFER", torch.empty(5000))
     for scheme in SCHEMES[1:]:
         weight, x = stored(normal(77, 768), *scheme), torch.eye(768, dtype=dtype)
-        assert torch.equal(multiply(x, *weight), dequantize(*weight, dtype).T)
+        assert torch.equal(linear(x, *weight), dequantize(*weight, dtype).T)
 
 
 @pytest.mark.parametrize("weights", ["target", "int8", "int4"])
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 @torch.inference_mode()
-def test_what_is_verified_at_once_equals_what_is_decoded_one_by_one(demo, weights: str, compiled: bool) -> None:
+def test_rows_verified_at_once_equal_rows_decoded_one_by_one(demo, weights: str, compiled: bool) -> None:
     """Logits of the whole model in bfloat16, bit for bit: 2 to 16 rows against single ones."""
     model = load_model(read_checkpoint(demo[weights]), "cpu", torch.bfloat16)
     forward = torch.compile(lambda *inputs: model(*inputs), fullgraph=True) if compiled else model
@@ -277,7 +279,7 @@ def test_what_is_verified_at_once_equals_what_is_decoded_one_by_one(demo, weight
     assert torch.equal(logits([2, 3, 5, 7, 11, 13, 16, 7]), single)
 
 
-SIZES = {  # at and beyond what the kernels have room for: (n_in, groupsize), and head_dim
+SIZES = {  # at and beyond the limits of the kernels: (n_in, groupsize), and head_dim
     "products": [(32, 32), (48, 0), (64, 0), (33, 0), (512, 16), (768, 48)],
     "heads": [2, 62, cpu.MAX_HEAD_DIM, cpu.MAX_HEAD_DIM + 2, 2048],
 }
@@ -285,13 +287,13 @@ SIZES = {  # at and beyond what the kernels have room for: (n_in, groupsize), an
 
 @pytest.mark.parametrize("n_in, groupsize", SIZES["products"])
 def test_a_size_that_the_kernels_do_not_take_goes_to_pytorch(n_in: int, groupsize: int) -> None:
-    """One row and many, in bfloat16, float32 and float64: the product of the restored weight all the same."""
+    """The product of the dequantized weight, of one row and many, in bfloat16, float32 and float64."""
     weight = stored(normal(2, n_in) * 0.02, 4 if groupsize else 8, groupsize)
     for rows in (1, 65):
         for dtype in (torch.bfloat16, torch.float32, torch.float64):
             x = normal(rows, n_in).to(dtype)
             exact = x.double() @ dequantize(*weight, torch.float32).double().T
-            error = (multiply(x, *weight).double() - exact).abs().max()
+            error = (linear(x, *weight).double() - exact).abs().max()
             assert error <= 2**-6 * exact.abs().max() + 1e-3 * n_in**0.5 * 0.02, (rows, dtype)
 
 
@@ -299,54 +301,54 @@ def test_a_size_that_the_kernels_do_not_take_goes_to_pytorch(n_in: int, groupsiz
 def test_heads_of_any_size_give_the_definition(head_dim: int) -> None:
     inputs = attention_inputs(2, 300, (2, 1, head_dim))
     copies = [tensor.clone() for tensor in inputs]
-    y, expected = torch.ops.llama.attention(*inputs), reference_attention(*copies)
+    y, expected = attention(*inputs), reference_attention(*copies)
     assert (y.double() - expected).abs().max() < 2**-7 * expected.abs().max() + 1e-2
 
 
 @pytest.fixture
-def build(tmp_path: Path, monkeypatch) -> Callable:
-    """A function: flags -> the library as it is loaded anew, with a cache folder of its own, where it is kept."""
+def compiled(tmp_path: Path, monkeypatch) -> Callable:
+    """A function: flags -> the library, loaded anew; it is kept in a cache folder of its own."""
 
-    def built(*flags: str) -> ctypes.CDLL | None:
-        monkeypatch.setattr(cpu, "FLAGS", list(flags))
+    def load(*flags: str) -> ctypes.CDLL | None:
+        monkeypatch.setattr(build, "EXTRA_FLAGS", list(flags))
         load_library.cache_clear()
         return load_library()
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    yield built
+    yield load
     load_library.cache_clear()
 
 
 @pytest.mark.slow
-def test_a_build_that_does_not_load_is_built_again(tmp_path: Path) -> None:
-    """In processes of their own, for a library is loaded once in a process; one line says so."""
-    code = "from kernels import cpu; print(load_library().replay)"
+def test_a_library_that_does_not_load_is_compiled_again(tmp_path: Path) -> None:
+    """One line says so. Each run is a process, because a library is loaded once in a process."""
+    code = "from kernels.build import load_library; print(load_library().replay)"
     run_cli("-c", code, XDG_CACHE_HOME=str(tmp_path))
     (path,) = tmp_path.glob("*/*.so")
     size = path.stat().st_size
     path.write_bytes(b"not a library")
     (line,) = run_cli("-c", code, XDG_CACHE_HOME=str(tmp_path)).stderr.splitlines()
-    assert "built again" in line and str(path) in line
+    assert "compiled again" in line and str(path) in line
     assert path.stat().st_size == size
     assert list(path.parent.iterdir()) == [path]
     assert run_cli("-c", code, XDG_CACHE_HOME=str(tmp_path)).stderr == ""
 
 
 @pytest.mark.slow
-def test_where_no_folder_takes_the_build_it_is_for_this_run(tmp_path: Path, monkeypatch, build, capfd) -> None:
-    """A cache folder that cannot be made, and a user without a home; one line says why."""
+def test_a_library_that_no_folder_can_keep_is_for_this_run(monkeypatch, compiled: Callable, capfd) -> None:
+    """A cache folder that cannot be made, and a user without a home; one line names the cause."""
     for name, value in (("XDG_CACHE_HOME", "/dev/null/cache"), ("HOME", "")):
         monkeypatch.setenv(name, value)
-        assert build().replay
+        assert compiled().replay
         (line,) = capfd.readouterr().err.splitlines()
         assert "this run only" in line and "/dev/null" in line
         monkeypatch.setenv("XDG_CACHE_HOME", "")
 
 
 @pytest.mark.slow
-def test_the_compiler_is_a_command_line(monkeypatch, build: Callable) -> None:
+def test_the_compiler_is_a_command_line(monkeypatch, compiled: Callable) -> None:
     monkeypatch.setenv("CXX", f"env {COMPILER}")
-    assert build().replay
+    assert compiled().replay
 
 
 @pytest.mark.parametrize(
@@ -365,39 +367,39 @@ def test_a_containers_quota_is_seen(tmp_path: Path, monkeypatch, files: dict[str
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert cpu.quota(tmp_path) == cpus
+    assert tp.cgroup_cpus(tmp_path) == cpus
     for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(cpu, "quota", lambda: cpus)
+    monkeypatch.setattr(tp, "cgroup_cpus", lambda: cpus)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {10_000, 10_001, 10_002})
-    assert cpu.cores() == min(3, int(cpus) if cpus < 3 else 3)
+    assert tp.num_threads() == min(3, int(cpus) if cpus < 3 else 3)
 
 
 @pytest.mark.slow
-def test_another_source_flag_or_cpu_gets_another_build(tmp_path: Path, monkeypatch, build: Callable) -> None:
+def test_another_source_flag_or_cpu_gets_another_library(tmp_path: Path, monkeypatch, compiled: Callable) -> None:
     """/proc/cpuinfo is replaced by a file that another host in a shared home might have."""
     folder = tmp_path / "copy"
     folder.mkdir()
-    for name in ("build.sh", "cpu.cpp"):
-        shutil.copy(cpu.BUILD.with_name(name), folder)
-    build()
-    build("-DPORTABLE")
-    monkeypatch.setattr(cpu, "BUILD", folder / "build.sh")
-    build()
+    for path in build.FOLDER.glob("*.[ch]*"):
+        shutil.copy(path, folder)
+    compiled()
+    compiled("-DPORTABLE")
+    monkeypatch.setattr(build, "FOLDER", folder)
+    compiled()
     assert len(list(tmp_path.glob("*/*.so"))) == 2  # the same source
-    with (folder / "cpu.cpp").open("a") as source:
-        source.write("// another\n")
-    build()
-    script = (folder / "build.sh").read_text()
+    for path in (folder / "cpu.cpp", next(folder.glob("*.h"))):
+        with path.open("a") as source:
+            source.write("// another\n")
+        compiled()
     (tmp_path / "cpuinfo").write_text("flags : another\n")
-    (folder / "build.sh").write_text(script.replace("/proc/cpuinfo", str(tmp_path / "cpuinfo")))
-    build()
-    assert len(list(tmp_path.glob("*/*.so"))) == 4
+    monkeypatch.setattr(build, "CPUINFO", tmp_path / "cpuinfo")
+    compiled()
+    assert len(list(tmp_path.glob("*/*.so"))) == 5
 
 
 @pytest.mark.slow
-def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
-    code = "from kernels import cpu; import sys; sys.exit(load_library() is None)"
+def test_two_processes_may_compile_at_once(tmp_path: Path) -> None:
+    code = "from kernels.build import load_library; import sys; sys.exit(load_library() is None)"
     command, environment = [sys.executable, "-c", code], os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     codes: list[int] = []
 
@@ -418,7 +420,7 @@ def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
 def test_without_a_compiler_float32_text_is_the_same_and_one_line_says_that_it_is_slower(
     demo, tmp_path: Path, compiler: str
 ) -> None:
-    """The line names the compiler; one that fails is none."""
+    """The line names the compiler, which is missing or fails."""
     environment = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "CXX": compiler}
     for precision in ("float32", "bfloat16"):
         flags = ["--checkpoint_path", demo["int8"], "--max_new_tokens", "20", "--precision", precision]
@@ -432,20 +434,20 @@ def test_without_a_compiler_float32_text_is_the_same_and_one_line_says_that_it_i
 SANITIZED = """
 import sys, torch
 sys.path.insert(0, "tests")
-import test_kernels as t, kernels
+import test_kernels as t
 for bits, groupsize in t.SCHEMES:
     for n_in in (256, 1376) if groupsize in (0, 32) else (256,):
         weight = t.stored(t.normal(37, n_in), bits, groupsize)
         for rows in (1, 3, 8, 16):
             t.product_error(t.normal(rows, n_in).bfloat16(), weight)
-        t.multiply(t.normal(1, 20, n_in), *weight)
+        t.linear(t.normal(1, 20, n_in), *weight)
 for heads in ((4, 4, 64), (8, 1, 80), (4, 2, 24)):
     for filled, rows in ((1, 1), (257, 16), (700, 3), (720, 16)):
-        torch.ops.llama.attention(*t.attention_inputs(rows, filled, heads))
+        t.attention(*t.attention_inputs(rows, filled, heads))
 import test_replay as r
 torch.set_num_threads(3)
 for seed in range(2):
-    r.test_any_sequence_of_passes_gives_what_eager_passes_give(seed)
+    r.test_any_sequence_of_passes_equals_eager_passes(seed)
 print("clean")
 """
 
@@ -453,12 +455,12 @@ print("clean")
 @pytest.mark.slow
 @pytest.mark.parametrize("portable", [[], ["-DPORTABLE"]], ids=["fast", "portable"])
 def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path, portable: list[str]) -> None:
-    """Under the address sanitizer: it knows the ends of all that malloc gave, tensors among them."""
+    """Run the kernels under the address sanitizer, which knows the bounds of tensors, because malloc makes them."""
     runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     if not os.path.isabs(runtime):
         pytest.skip("g++ has no address sanitizer here")
     flags = ["-fsanitize=address", "-g1", *portable]
-    code = f"from kernels import cpu; cpu.FLAGS = {flags!r}\n{SANITIZED}"
+    code = f"from kernels import build; build.EXTRA_FLAGS = {flags!r}\n{SANITIZED}"
     environment = os.environ | {
         "LD_PRELOAD": runtime,
         "XDG_CACHE_HOME": str(tmp_path),

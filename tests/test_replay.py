@@ -55,7 +55,7 @@ def test_any_sequence_of_passes_equals_eager_passes(seed: int) -> None:
     draw = random.Random(seed)
     args = [ARGS, ModelArgs(32, 1, 2, 2, 16, 64, 300, 1e-5, 10000.0, 1.0, 256)]
     models = [random_model(each).bfloat16() for each in args]
-    pairs = [(new_engine(model), Eager(model, model.make_cache(256))) for model in models]
+    pairs = [(new_engine(model), Eager(model, 256)) for model in models]
     params = make_params(0, 0.8)
     for _ in range(150):
         engines = pairs[draw.randrange(2)]
@@ -148,7 +148,7 @@ def test_a_capture_that_is_interrupted_leaves_nothing() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_another_dtype_runs_eagerly(dtype: torch.dtype) -> None:
     model = random_model(ARGS).to(dtype)
-    engine, eager = new_engine(model), Eager(model, model.make_cache(256))
+    engine, eager = new_engine(model), Eager(model, 256)
     prompt, params = [5, 7, 9], make_params(3, 0.8)
     assert generated(engine, prompt, 30, params) == generated(eager, prompt, 30, params)
     assert not engine.decode_step.graphs

