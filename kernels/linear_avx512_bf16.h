@@ -4,11 +4,11 @@
 
 #include "weight.h"
 
-static constexpr long BLOCK = 128;             // activations are padded with zeros to whole blocks of channels
-static constexpr long ROWS = 8;                // rows that one pass over a strip's weights serves
-static constexpr long PREFETCH_BYTES = 4096;   // distance of a prefetch from the weight that is read
-static Buffer<bf16> activations;               // [rows][padded]
-static Buffer<float> group_sums;               // for 4 bits [rows][groups]: a minimum is multiplied by nothing else
+static constexpr long BLOCK = 128;            // activations are padded with zeros to whole blocks of channels
+static constexpr long ROWS = 8;               // rows that one pass over a strip's weights serves
+static constexpr long PREFETCH_BYTES = 4096;  // distance of a prefetch from the weight that is read
+static Buffer<bf16> activations;              // [rows][padded]
+static Buffer<float> group_sums;              // for 4 bits [rows][groups]: a minimum is multiplied by nothing else
 
 static long padded_channels(const Weight &w) {
     return (w.in + BLOCK - 1) / BLOCK * BLOCK;
@@ -38,9 +38,9 @@ template <int V> static inline void unpack(__m512i v, __m512i levels, __m512bh *
         }
 }
 
-// R output channels from n on, times M rows from `first` on: every weight is decoded once for the M rows. The unrolling
-// pragmas are what keeps the sums in registers. A row of packed weights is too short for the hardware to learn where the
-// next one begins, and it does not look across the end of a page; with few rows of bfloat16 it does better alone.
+// R output channels from n on, times M rows from `first` on: every weight is unpacked once for the M rows. The unrolling
+// pragmas keep the sums in registers. Packed weights are prefetched, because a row is too short for the hardware
+// prefetcher, which also stops at the end of a page; with few rows of bfloat16 the hardware does better alone.
 template <int V, int M, int R> static void block(const Weight &w, long first, long n) {
     const long bytes = w.in * w.bits / 8, padded = padded_channels(w), groups = w.groups();
     const bf16 *x = activations.data() + first * padded;
@@ -56,7 +56,7 @@ template <int V, int M, int R> static void block(const Weight &w, long first, lo
         p[r] = w.row(n + r);
         UNROLLED for (int m = 0; m < M; m++) sum[r][m] = _mm512_setzero_ps();
     }
-    // 64 bytes of each channel from byte b on, of which `count` are there.
+    // Add 64 bytes of each channel from byte b on; `count` of them exist.
     auto step = [&](long b, long count) __attribute__((always_inline)) {
         const __mmask64 inside = ~0ull >> (64 - count);
         const __mmask8 groups_inside = (2 << ((2 * count - 1) >> shift)) - 1;
@@ -104,7 +104,7 @@ template <int V, int M, int R> static void block(const Weight &w, long first, lo
 template <int V, int M> static void channels(const Weight &w, long first, long count, long n, long end) {
     if constexpr (M > 1)
         if (count < M) return channels<V, M - 1>(w, first, count, n, end);
-    // One row reads memory as one stream; more share each activation between channels, where that is worth the streams.
+    // One row reads memory as one stream. More rows share each activation between channels, if that is worth the streams.
     constexpr int R = M == 1 || (V == 1 && M < 4) ? 1 : V == 1 && M == 4 ? 4 : 2;
     for (; n + R <= end; n += R) block<V, M, R>(w, first, n);
     for (; n < end; n++) block<V, M, 1>(w, first, n);

@@ -36,7 +36,7 @@ struct Call {
 
 static std::mutex mutex;  // because the buffers between phases exist once
 
-// One call, on OpenMP's threads: PyTorch runs on them what comes before and after.
+// Run one call on OpenMP's threads, because PyTorch's operators before and after it run on them, too.
 extern "C" void execute(const Call *call) {
     const std::lock_guard lock(mutex);
     for (const Phase *phase = call->phases; phase->tasks; phase++) {
@@ -46,20 +46,20 @@ extern "C" void execute(const Call *call) {
     }
 }
 
-// A program, on threads of our own. Each begins with its share of a phase's tasks, then takes from the ends of the
-// others'. Whoever does the last task opens the next phase, so nobody waits for a thread that the system has put aside,
-// unless it is within a task. A share is one word, its next task and its end: who changes it has the task, however late
-// he comes. A fork has no workers; its one thread takes all shares.
+// A captured step runs on threads of our own. A thread starts with its own share of a phase's tasks, then takes tasks from
+// the ends of the other shares. The thread that finishes the last task opens the next phase, so no thread waits for one
+// that the system has suspended, unless that one is inside a task. A share is one word, its next task and its end: the
+// thread that changes the word owns the task. After a fork there are no workers; the only thread takes all shares.
 static struct {
     struct alignas(64) Share { std::atomic<uint64_t> word; } shares[MAX_THREADS];
     std::atomic<uint32_t> turn;            // changes when a phase opens, and at the end
-    std::atomic<long> threads, left;       // that take part; tasks of the phase that are not done
+    std::atomic<long> threads, left;       // threads that take part; tasks of the phase that are not done
     std::atomic<bool> finished;
-    const Phase *open, *next;  // phases
-    const void *operation;     // of the open phase
-    const Call *call, *end;    // that of the next phase, and the program's end
+    const Phase *open, *next;  // the running phase, and the one after it
+    const void *operation;     // the operation of the open phase
+    const Call *call, *end;    // the call of the next phase, and the end of the calls
 
-    // Take a task of a share: its owner the first, others the last. -1 where none is left.
+    // Take a task of a share, the first one as its owner and the last one otherwise. -1 if none is left.
     long claim(std::atomic<uint64_t> &share, bool own) {
         uint64_t word = share;
         while (word >> 32 < uint32_t(word))
@@ -68,7 +68,7 @@ static struct {
         return -1;
     }
 
-    // Open the next phase of several tasks; those of one are not worth a wait, and run here.
+    // Open the next phase that has several tasks. A phase of one task runs here, because it is not worth a wait.
     void open_next_phase() {
         long tasks = 0;
         while (tasks <= 1 && call < end) {
@@ -88,9 +88,9 @@ static struct {
         turn.notify_all();
     }
 
-    // What thread t does: thread 0 until the program has ended, the others for ever.
+    // The loop of thread t: thread 0 until the calls have ended, the others for ever.
     void worker_loop(long t) {
-        // The turn first: `finished` is set before the turn changes, so whoever misses it does not sleep through it.
+        // Read the turn first: `finished` is set before the turn changes, so a thread cannot sleep through it.
         for (uint32_t seen = turn; t > 0 || !finished; seen = turn) {
             long task, done = 0;
             for (long i = 0; i < threads && t < threads; i++)
@@ -108,7 +108,7 @@ extern "C" void replay(const Call *calls, long count, long threads) {
     pool.threads = std::min(threads, MAX_THREADS);
     const auto work = [](void *t) -> void * { return pool.worker_loop(long(t)), nullptr; };
     for (pthread_t thread; workers < pool.threads - 1; workers++) {
-        if (pthread_create(&thread, nullptr, work, (void *)(workers + 1)) != 0) break;  // the others do its share
+        if (pthread_create(&thread, nullptr, work, (void *)(workers + 1)) != 0) break;  // the other threads take its share
         pthread_detach(thread);
     }
     pool.call = calls;
