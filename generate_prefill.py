@@ -21,6 +21,9 @@ import tp
 from generate import Engine, build_parser, generate_all
 
 BLOCK_SIZE = 16  # tokens whose keys and values are in one file
+# The sources that compute keys and values, because files of another version must not be used.
+SOURCES = [Path(__file__).with_name("model.py"), *sorted(Path(__file__).parent.glob("kernels/*.*"))]
+CODE = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()
 SYSTEM = "Square numbers: " + ", ".join(f"{n} * {n} = {n * n}" for n in range(1, 41))
 
 
@@ -35,7 +38,7 @@ class PrefixCache:
     the words that were typed. Only files that begin with MAGIC are ever deleted. Errors cost one line on stderr.
     """
 
-    MAGIC = b"llama prefix 2\n\0"
+    MAGIC = b"llama prefix 1\n\0"
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder = folder / "llama_prefixes"
@@ -45,7 +48,7 @@ class PrefixCache:
     def blocks(self, engine: Engine, ids: list[int]) -> Iterator[tuple[int, Path, Tensor]]:
         """Start, file and part [n_layer, 2, n_kv_head, BLOCK_SIZE, head_dim] of the KV cache, for each block."""
         checkpoint, cache = engine.checkpoint, engine.kv_cache
-        name = f"{checkpoint.header['id']} {checkpoint.args} {cache.dtype} {tp.RANK} {tp.WORLD_SIZE}"
+        name = f"{checkpoint.header['id']} {checkpoint.args} {cache.dtype} {tp.RANK} {tp.WORLD_SIZE} {CODE}"
         for start in range(0, len(ids) - BLOCK_SIZE + 1, BLOCK_SIZE):
             name = hashlib.sha256(f"{name} {ids[start : start + BLOCK_SIZE]}".encode()).hexdigest()
             yield start, self.folder / f"{name}.kv", cache[:, :, 0, :, start : start + BLOCK_SIZE]

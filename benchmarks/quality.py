@@ -177,7 +177,7 @@ def main() -> None:
     add("--device", choices=DEVICES, default=DEVICES[0], help="quantizes and runs the models")
     args = parser.parse_args()
     original = read_checkpoint(args.checkpoint_path)
-    text = utils.decode_text(args.text.read_bytes(), str(args.text))
+    text = utils.read_text(f"@{args.text}", "--text")
     calibration = utils.read_text(f"@{args.calibrate}", "--calibrate")
     print(HEADINGS)
     same = compare(original, original, text, args.device)

@@ -859,7 +859,7 @@ UNUSUAL = {
     ),
     "half a command for a compiler": Case(
         f"CXX='g++ \"' XDG_CACHE_HOME=$DIR/../cache {GENERATE}",
-        "no CPU kernels ... slower: ... unexpected EOF ... CXX",
+        "no CPU kernels ... slower: ... No closing quotation: CXX names a C++ compiler",
         **ANSWERS,
     ),
     "no place for kernels": Case(

@@ -333,7 +333,7 @@ def test_the_context_is_used_to_its_last_position(
 
 @pytest.fixture(scope="module")
 def llama_template(tmp_path_factory: pytest.TempPathFactory) -> Callable:
-    """A function: messages -> ids, by transformers and the template of Llama 2's repositories, on the demo vocabulary."""
+    """A function: messages -> ids, by transformers and the template of Llama 2, on the demo vocabulary."""
     from transformers import LlamaTokenizer  # noqa: PLC0415
 
     folder = tmp_path_factory.mktemp("tokenizer")

@@ -1,25 +1,30 @@
-"""Every way a Hugging Face directory can be laid out gives the same checkpoint."""
+"""Converting: every layout of a Hugging Face directory gives the same checkpoint; reading and writing checkpoints."""
 
-import errno
-import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
+
+from utils import STALE_SECONDS
 
 import pytest
 import torch
 from bad_input_cases import CONFIG, LLAMA_3_ROPE
-from conftest import ROOT
+from conftest import DEMO, ROOT, TOKENIZER, generated, make_params, new_engine
 
-from checkpoint import load_model, read_checkpoint, write_checkpoint
+from checkpoint import load_model, new_checkpoint, read_checkpoint
+from model import ModelArgs
 from scripts.convert_hf_checkpoint import convert, model_args, read_weights
+from scripts.convert_tokenizer import read_tokenizer
+from tokenizer import Tokenizer
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return read_checkpoint(convert(folder, "float32")).model
+    return read_checkpoint(convert(folder, "float32")).state_dict
 
 
 def test_every_format_of_weights_converts_to_the_same_tensors(random_llama) -> None:
@@ -56,7 +61,7 @@ def test_safetensors_win_over_bin(random_llama) -> None:
 
 
 def test_the_index_decides_which_files_are_read(random_llama) -> None:
-    """Older shards, a second format and a consolidated file beside are not looked at."""
+    """Older shards, a second format and a consolidated file in the folder are not read."""
     reference, folder = random_llama()
     (folder / "model.safetensors").unlink()
     reference.save_pretrained(folder, max_shard_size="100KB")
@@ -66,7 +71,7 @@ def test_the_index_decides_which_files_are_read(random_llama) -> None:
 
 
 def state_of(reference, **changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """A state_dict in which the two ends (embed_tokens, lm_head) are what is given, or left out."""
+    """A state_dict with these embed_tokens (`embeddings`) and lm_head (`output`); None leaves one out."""
     state = dict(reference.state_dict())
     names = {"embeddings": "model.embed_tokens.weight", "output": "lm_head.weight"}
     for key, tensor in changes.items():
@@ -76,8 +81,8 @@ def state_of(reference, **changes: torch.Tensor | None) -> dict[str, torch.Tenso
     return state
 
 
-def test_tied_embeddings_by_what_the_files_hold(random_llama) -> None:
-    """One tensor under either name stands for both; two that differ are both kept."""
+def test_tied_embeddings_in_every_form(random_llama) -> None:
+    """One tensor under either name is used for both; two that differ are both kept."""
     reference, folder = random_llama(tie_word_embeddings=True)
     embeddings = reference.state_dict()["model.embed_tokens.weight"].clone()
     other = embeddings + 1
@@ -105,7 +110,7 @@ def test_parameters_in_a_bin_are_tensors(random_llama) -> None:
 
 
 def test_a_symbolic_link_stays_one(random_llama, tmp_path_factory) -> None:
-    """What it points to is replaced."""
+    """Its target is replaced."""
     _, folder = random_llama()
     elsewhere = tmp_path_factory.mktemp("disk") / "big.pth"
     elsewhere.write_bytes(b"old")
@@ -123,26 +128,19 @@ def test_a_pointer_of_git_lfs_is_no_file_of_weights(random_llama) -> None:
         convert(folder, "bfloat16")
 
 
-def test_a_file_system_without_locks_will_do(random_llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stale_temporary_files_are_deleted(random_llama) -> None:
+    """Temporary files of checkpoints, older than a day; no other file whose name starts with a dot."""
     _, folder = random_llama()
-
-    def refuse(*_) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    assert read_checkpoint(convert(folder, "bfloat16")).args.dim == 64
-
-
-def test_what_a_killed_process_left_under_another_name_is_deleted(random_llama) -> None:
-    """A temporary file of a checkpoint beside; nothing else that begins with a dot."""
-    _, folder = random_llama()
-    for name in (".model_int4.g32.cpu.pth.12345.tmp", ".notes.tmp", ".model.pth.mine.tmp"):
+    stale, fresh = ".model_int4.g32.cpu.pth.12345.tmp", ".model_int8.pth.67890.tmp"
+    for name in (stale, fresh, ".notes.tmp", ".model.pth.mine.tmp"):
         (folder / name).write_bytes(b"x")
+        seconds = time.time() - STALE_SECONDS + (60 if name == fresh else -60)
+        os.utime(folder / name, (seconds, seconds))
     convert(folder, "bfloat16")
-    assert {path.name for path in folder.glob(".*")} == {".notes.tmp", ".model.pth.mine.tmp"}
+    assert {path.name for path in folder.glob(".*")} == {fresh, ".notes.tmp", ".model.pth.mine.tmp"}
 
 
-def test_what_config_json_leaves_out_has_transformers_defaults() -> None:
+def test_fields_that_config_json_leaves_out_have_the_defaults_of_transformers() -> None:
     config = CONFIG | {"rope_scaling": {"type": None}}
     args = model_args(config)
     assert (args.max_seq_length, args.rope_theta, args.rope_scale, args.n_kv_head) == (2048, 10000.0, 1.0, 2)
@@ -172,8 +170,8 @@ def test_both_spellings_of_the_config_are_one_shape(random_llama) -> None:
     assert model_args(new).rope_scale == 2.0
 
 
-def test_positions_are_those_that_the_model_was_made_for() -> None:
-    """config.json's as they are, as in transformers; FastChat's linear scaling has the scaled number in a field."""
+def test_the_number_of_positions() -> None:
+    """It is config.json's, as in transformers; FastChat's models have the scaled number in a field of its own."""
     scaled = CONFIG | {"rope_scaling": {"type": "linear", "factor": 4.0}, "max_position_embeddings": 4096}
     assert model_args(scaled).max_seq_length == 4096
     assert model_args(scaled | {"max_sequence_length": 16384}).max_seq_length == 16384
@@ -187,8 +185,8 @@ def test_tied_embeddings_are_stored_once(demo) -> None:
     checkpoint = read_checkpoint(demo["target"])
     model = load_model(checkpoint, "cpu", torch.bfloat16)
     assert model.output.weight.data_ptr() == model.tok_embeddings.weight.data_ptr()
-    tied = checkpoint.model["output.weight"]
-    total = sum(tensor.nbytes for tensor in checkpoint.model.values()) - tied.nbytes
+    tied = checkpoint.state_dict["output.weight"]
+    total = sum(tensor.nbytes for tensor in checkpoint.state_dict.values()) - tied.nbytes
     assert total < demo["target"].stat().st_size < total + 200_000
 
 
@@ -201,14 +199,14 @@ def test_loading_maps_the_file(demo) -> None:
     assert inside[0][-1] == str(demo["target"])
 
 
-def test_chat_template_is_recorded(random_llama) -> None:
+def test_the_chat_template_is_stored(random_llama) -> None:
     _, folder = random_llama()
-    assert read_checkpoint(convert(folder, "bfloat16")).tokenizer.template is None
+    assert read_checkpoint(convert(folder, "bfloat16")).tokenizer.chat_template is None
     for template in ("{{ a }}", [{"name": "tools", "template": "x"}, {"name": "default", "template": "{{ a }}"}]):
         (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-        assert read_checkpoint(convert(folder, "bfloat16")).tokenizer.template == "{{ a }}"
+        assert read_checkpoint(convert(folder, "bfloat16")).tokenizer.chat_template == "{{ a }}"
     (folder / "chat_template.jinja").write_text("{{ b }}")
-    assert read_checkpoint(convert(folder, "bfloat16")).tokenizer.template == "{{ b }}"
+    assert read_checkpoint(convert(folder, "bfloat16")).tokenizer.chat_template == "{{ b }}"
 
 
 def test_each_conversion_has_an_id_of_its_own(random_llama) -> None:
@@ -220,16 +218,85 @@ def test_each_conversion_has_an_id_of_its_own(random_llama) -> None:
 def test_a_failed_write_leaves_the_old_file(random_llama) -> None:
     _, folder = random_llama()
     path = convert(folder, "bfloat16")
-    before, content = path.read_bytes(), read_checkpoint(path)
-
-    def fail(mapped: dict) -> None:
+    before, checkpoint = path.read_bytes(), read_checkpoint(path)
+    with pytest.raises(OSError, match="no space"), new_checkpoint(path, {}, {"a": torch.empty(4)}) as tensors:
+        tensors["a"].fill_(1)
         raise OSError("no space left")
-
-    with pytest.raises(OSError, match="no space"):
-        write_checkpoint(path, {}, {"a": torch.empty(4)}, fail)
     assert path.read_bytes() == before
-    assert content.path == path
+    assert checkpoint.path == path
     assert [file.name for file in folder.glob("*tmp*")] == []
+
+
+OLD_CONFIG = ["dim", "n_layer", "n_head", "n_kv_head", "head_dim", "ffn_dim", "vocab_size", "norm_eps", "rope_theta"]
+OLD_CONFIG += ["rope_scale", "max_seq_length", "rope_low", "rope_high", "rope_positions"]
+OLD_TOKENIZER = ["added", "special", "bos", "eos", "begins", "ends", "template"]  # after proto
+
+
+def old_tokenizer(ours: Tokenizer, proto: bytes, splits: list[str] | None) -> dict:
+    """The tokenizer of a checkpoint's header as it was written before 2026-11-29."""
+    _, *values, legacy = asdict(ours).values()
+    fields = {"proto": proto} | dict(zip(OLD_TOKENIZER, values, strict=True))
+    return fields | {"splits": splits, "whole_words": False, "legacy": legacy}
+
+
+def control_piece(text: str) -> bytes:
+    """A piece of sentencepiece of type CONTROL in protobuf: earlier versions appended one for each added token."""
+    piece = bytes([0x0A, len(text)]) + text.encode() + b"\x15" + bytes(4) + b"\x18\x03"
+    return bytes([0x0A, len(piece)]) + piece
+
+
+def test_checkpoints_of_earlier_versions_are_read(demo) -> None:
+    """With a sentencepiece tokenizer: the same shape, weights, ids and text."""
+    new = read_checkpoint(demo["target"])
+    content = torch.load(demo["target"], weights_only=True)
+    content["config"] = dict(zip(OLD_CONFIG, content["config"].values(), strict=True))
+    content["tokenizer"] = old_tokenizer(new.tokenizer, new.tokenizer.model["model_proto"], None)
+    path = demo["target"].with_name("old.pth")
+    torch.save(content, path)
+    old = read_checkpoint(path)
+    assert (old.args, old.tokenizer, old.header["id"]) == (new.args, new.tokenizer, new.header["id"])
+    prompt = old.tokenizer.encode("def read_file(path):")
+    answers = [
+        generated(new_engine(load_model(each, "cpu", torch.float32), 64), prompt, 10, make_params())
+        for each in (old, new)
+    ]
+    assert prompt == TOKENIZER.encode("def read_file(path):") and answers[0] == answers[1]
+
+
+def test_the_scaled_rope_of_an_earlier_version_is_read(random_llama) -> None:
+    _, folder = random_llama(rope_parameters=LLAMA_3_ROPE | {"rope_theta": 10000.0})
+    path = convert(folder, "float32")
+    content, args = torch.load(path, weights_only=True), read_checkpoint(path).args
+    content["config"] = dict(zip(OLD_CONFIG, content["config"].values(), strict=True))
+    assert content["config"]["rope_positions"] == LLAMA_3_ROPE["original_max_position_embeddings"]
+    torch.save(content, path)
+    assert read_checkpoint(path).args == args != ModelArgs(**asdict(args) | {"rope_low_freq_factor": 2.0**29})
+
+
+def test_added_tokens_of_an_earlier_version_are_read(tmp_path: Path) -> None:
+    """Their pieces are at the end of the sentencepiece model."""
+    shutil.copy(DEMO / "target" / "tokenizer.model", tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_start|>": 2048, "<|im_end|>": 2049}))
+    new = read_tokenizer(tmp_path, 2050, {2049})
+    proto = new.model["model_proto"] + control_piece("<|im_start|>") + control_piece("<|im_end|>")
+    old = Tokenizer.from_fields(old_tokenizer(new, proto, None))
+    assert (old.vocab_size, old.eos_ids, old.bos_ids) == (2050, [2, 2049], [1])
+    text = "<|im_start|>user\nimport os<|im_end|>\n"
+    assert old.encode_with_special_tokens(text) == new.encode_with_special_tokens(text)
+    assert old.encode(text) == new.encode(text)
+    assert [old.token_bytes(token) for token in range(2050)] == [new.token_bytes(token) for token in range(2050)]
+
+
+def test_a_byte_level_tokenizer_of_an_earlier_version_is_refused_in_one_line(demo, tmp_path: Path) -> None:
+    """The line names the file and prepare.sh."""
+    content = torch.load(demo["target"], weights_only=True)
+    tokenizer = read_checkpoint(demo["target"]).tokenizer
+    for splits in ([], [r"\s+"]):
+        content["tokenizer"] = old_tokenizer(tokenizer, tokenizer.model["model_proto"], splits)
+        torch.save(content, tmp_path / "old.pth")
+        with pytest.raises(ValueError, match=r"old.pth: .*convert it again with \./scripts/prepare.sh") as caught:
+            read_checkpoint(tmp_path / "old.pth")
+        assert "\n" not in str(caught.value)
 
 
 def test_prepare_converts_a_local_directory_from_anywhere(demo, tmp_path: Path) -> None:
@@ -239,4 +306,4 @@ def test_prepare_converts_a_local_directory_from_anywhere(demo, tmp_path: Path) 
     command = [ROOT / "scripts" / "prepare.sh", "some/model", "--precision", "float32"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
     assert done.stdout == ""
-    assert read_checkpoint(tmp_path / "some/model/model.pth").model["norm.weight"].dtype == torch.float32
+    assert read_checkpoint(tmp_path / "some/model/model.pth").state_dict["norm.weight"].dtype == torch.float32

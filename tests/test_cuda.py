@@ -29,7 +29,7 @@ from checkpoint import load_model, read_checkpoint
 from generate import Engine
 from model import Linear, ModelArgs, Transformer, attention, dequantize, rope_table
 from quantize import quantize, quantize_int4, quantize_int8
-from sampling import SamplingParams
+from sampling import SamplingParams, sample_reference
 from speculation import PromptLookup, Speculation
 
 triton = pytest.importorskip("triton")
@@ -128,6 +128,68 @@ def test_a_norm_is_exact_and_its_rows_independent(dim: int) -> None:
     expected = torch.nn.functional.rms_norm(x.double(), (dim,), weight.double(), 1e-5)
     assert ((found - expected).abs() <= 2**-8 * expected.abs()).all()
     assert torch.equal(cuda.rms_norm(x[:, 5:6].contiguous(), weight, 1e-5), found[:, 5:6])
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_swiglu_rounds_as_pytorch_does(rows: int) -> None:
+    x = (4 * normal(1, rows, 2 * 1376)).bfloat16().to(DEVICE)
+    gate, up = x.chunk(2, dim=-1)
+    found, expected = cuda.swiglu(x), torch.nn.functional.silu(gate) * up
+    assert (found != expected).float().mean() < 0.001
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
+
+
+# ---- Samples
+
+SAMPLING_LIMITS = [
+    {},
+    {"top_k": 1},
+    {"top_k": 40},
+    {"top_p": 0.9},
+    {"min_p": 0.05},
+    {"top_k": 7, "top_p": 0.5, "min_p": 0.01},
+]
+
+
+def check_samples(logits: Tensor, temperature: float, limits: dict) -> Tensor:
+    """Compare with the reference, and each row with all rows: the samples."""
+    rows, vocab_size = logits.shape
+    positions = torch.arange(100, 100 + rows, device=DEVICE)
+    params = SamplingParams.create(DEVICE, 5, temperature)
+    all_limits = {"top_k": vocab_size, "top_p": 1.0, "min_p": 0.0} | limits
+    args = params.seed, params.temperature, *all_limits.values()
+    found = cuda.sample(logits, positions, *args)
+    assert torch.equal(found, sample_reference(logits, positions, *args)), (temperature, limits)
+    for row in range(rows):
+        part = slice(row, row + 1)
+        assert torch.equal(cuda.sample(logits[part], positions[part], *args), found[part])
+    return found
+
+
+@pytest.mark.parametrize("limits", SAMPLING_LIMITS, ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 0.8, 3.0])
+def test_samples_are_those_of_pytorch(temperature: float, limits: dict) -> None:
+    """A vocabulary that no block divides, in rows whose stride is larger."""
+    check_samples((3 * normal(4, 3072)).bfloat16().to(DEVICE)[:, :3001], temperature, limits)
+
+
+@pytest.mark.parametrize("limits", SAMPLING_LIMITS, ids=str)
+def test_of_equal_logits_the_lower_ids_are_sampled(limits: dict) -> None:
+    logits = normal(3, 1100).mul(2).round().bfloat16().to(DEVICE)
+    logits[1] = 0.0
+    logits[1, ::2] = -0.0
+    logits[2, 1:] = -torch.inf
+    for temperature in (0.0, 50.0):
+        check_samples(logits, temperature, limits)
+
+
+@pytest.mark.parametrize("limits", SAMPLING_LIMITS, ids=str)
+def test_the_sample_of_logits_that_are_not_finite_is_minus_1(limits: dict) -> None:
+    logits = normal(4, 1100).bfloat16().to(DEVICE)
+    logits[0, 7] = torch.nan
+    logits[1, 1099] = torch.inf
+    logits[2] = -torch.inf
+    assert (check_samples(logits, 0.8, limits) == -1).tolist() == [True, True, True, False]
 
 
 # ---- Attention
@@ -302,7 +364,9 @@ def test_a_captured_step_equals_an_eager_one(like_cuda, temperature: float) -> N
         """Right guesses, and a last one that is wrong."""
         return [*(prompt + expected)[len(ids) :][: max(k - 1, 0)], 0][:k]
 
-    speculation = Speculation(SimpleNamespace(draft=guesses, save=lambda ids: None, max_seq_length=64), 3)
+    draft = new_engine(random_model(ARGS))
+    draft.draft = guesses
+    speculation = Speculation(draft, 3)
     speculation.choose = lambda max_k, sources: ("draft", min(max_k, 3))
     speculation.update = lambda source, k, accepted, *seconds: counts.append(accepted)
     assert generated(engine, prompt, 8, params, speculation=speculation) == expected
@@ -325,7 +389,7 @@ def test_the_kernels_that_a_step_launches(like_cuda) -> None:
     model = bfloat16_model()
     model(torch.tensor([[3, 4]]), torch.tensor([0, 1]), model.make_cache(8))
     counts = {name: kernel.count for name, kernel in like_cuda.items() if kernel.count > 0}
-    expected = {"_linear_mma": 4 * ARGS.n_layer + 1, "_rms_norm": 2 * ARGS.n_layer + 1}
+    expected = {"_linear": 4 * ARGS.n_layer + 1, "_rms_norm": 2 * ARGS.n_layer + 1}
     assert counts == expected | dict.fromkeys(("_swiglu", "_attention_split", "_reduce_splits"), ARGS.n_layer)
 
 
@@ -338,6 +402,27 @@ def test_a_step_that_cannot_be_captured_runs_eagerly(like_cuda, monkeypatch, cap
     assert generated(engine, [5, 7, 9], 3, make_params()) == expected
     assert [graph.replayable for graph in engine.decode_step.graphs.values()] == [False, False]
     assert capsys.readouterr().err.count("a step cannot be captured, so decoding is slower: aten.embedding") == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("prompt", [[5, 7, 9], [5, 7, 9] * 20], ids=["short", "to the end of the context"])
+def test_decoding_ahead_of_the_host_gives_the_same_text(dtype: torch.dtype, prompt: list[int], monkeypatch) -> None:
+    """On a CPU, where a pass ends before the next one starts: the order of passes and copies, and the cached tokens."""
+    empty = torch.empty
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **others: empty(*shape, **others))
+    model, params = random_model(ARGS).to(dtype), make_params(3, 0.8)
+    expected = generated(new_engine(model), prompt, 20, params)
+    engine = new_engine(model)
+    monkeypatch.setattr(engine, "decode", functools.partial(kernels.decode_ahead, engine))
+    for _ in range(2):
+        assert generated(engine, prompt, 20, params) == expected
+        assert engine.cached_ids == prompt + expected[:-1]
+    assert generated(engine, prompt, 20, params, [expected[2]]) == expected[: expected.index(expected[2])]
+    engine.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        generated(engine, prompt, 20, params)
 
 
 def test_a_draft_waits_for_the_device_twice(monkeypatch) -> None:
@@ -436,7 +521,7 @@ class Spy:
         self.kernel = kernel
 
     def __getitem__(self, grid):
-        return lambda *args, num_warps=4: launches.append((self.kernel, args, num_warps))
+        return lambda *args, num_warps=4, **options: launches.append((self.kernel, args, num_warps))
 
 def compile(kernel, args, warps, arch):
     signature, constants, aligned = {}, {}, {}
@@ -464,7 +549,7 @@ def compile(kernel, args, warps, arch):
         "loads": re.findall(r"cp\\.async\\.\\w+\\.shared\\.global.*?(0x\\w+), ", made.asm["ptx"]),
     }
 
-for name in ("_linear", "_linear_int4", "_attend", "_combine"):
+for name in ("_linear", "_linear_int4", "_attention_split", "_reduce_splits", "_swiglu", "_sample"):
     setattr(cuda, name, Spy(getattr(cuda, name)))
 labels = []
 for scheme, rows in SHAPES:
@@ -484,7 +569,12 @@ for n_head, n_kv_head, head_dim in HEADS:
     qkv = torch.zeros(1, 6, (n_head + 2 * n_kv_head) * head_dim, dtype=torch.bfloat16)
     cache = torch.zeros(2, 1, n_kv_head, 4096, head_dim, dtype=torch.bfloat16)
     cuda.attention(qkv, torch.zeros(4096, head_dim), torch.zeros(6, dtype=torch.int64), cache)
-    labels += [f"attend {n_head}/{n_kv_head} of {head_dim}", f"combine {head_dim}"]
+    labels += [f"attention {n_head}/{n_kv_head} of {head_dim}", f"reduce {head_dim}"]
+number = torch.zeros((), dtype=torch.int32)
+cuda.swiglu(torch.zeros(1, 6, 22016, dtype=torch.bfloat16))
+limits = 32000, 1.0, 0.0
+cuda.sample(torch.zeros(6, 32000).bfloat16(), torch.zeros(6, dtype=torch.int64), number, number.float(), *limits)
+labels += ["swiglu", "sample"]
 print(json.dumps({label: compile(*each, ARCH) for label, each in zip(labels, launches)}))
 """
 of_36 = pytest.mark.skipif(not triton.__version__.startswith("3.6"), reason="the limits are those of Triton 3.6")

@@ -227,7 +227,7 @@ def test_one_format_of_weights_is_fetched_and_nothing_that_is_not_read(
     wanted = TEXTS | CHAT | taken
     assert sorted(without_indices(hub.fetched)) == sorted(without_indices(wanted))
     assert wanted.keys() <= set(hub.fetched)
-    assert read_checkpoint(project / FOLDER / "model.pth").tokenizer.template == "{{ '<<SYS>>' }}"
+    assert read_checkpoint(project / FOLDER / "model.pth").tokenizer.chat_template == "{{ '<<SYS>>' }}"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A real model: SmolLM2-135M-Instruct, whose weights and tokenizer a package of the Python index carries."""
 
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,7 +8,7 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
-from conftest import ROOT, generated, make_sampling, new_engine
+from conftest import ROOT, generated, make_params, new_engine
 from tokenizer_texts import texts
 
 import quantize as quantize_module
@@ -15,11 +16,12 @@ from benchmarks.quality import compare, linear_layers
 from benchmarks.smollm2 import write_model
 from chat import Conversation
 from checkpoint import Checkpoint, load_model, read_checkpoint
-from generate_prefill import CachedEngine, Store
+from generate import Engine
+from generate_prefill import PrefixCache
 from model import Transformer
 from quantize import quantize
 from scripts.convert_hf_checkpoint import convert
-from speculation import Lookup, Speculation
+from speculation import PromptLookup, Speculation
 
 HOW = "pip install --no-deps -r benchmarks/smollm2.txt"
 gguf = pytest.importorskip("gguf", reason=HOW)
@@ -53,7 +55,7 @@ def model(checkpoint: Checkpoint) -> Transformer:
 
 @pytest.fixture(scope="module")
 def theirs(folder: Path) -> Callable:
-    """A function: messages -> (the ids of the prompt, those of the greedy answer, its text), by transformers."""
+    """A function: messages -> (ids of the prompt, ids of the greedy answer, its text), by transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -63,19 +65,19 @@ def theirs(folder: Path) -> Callable:
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         ids = torch.tensor([prompt])
         mask = torch.ones_like(ids)
-        made = reference.generate(ids, attention_mask=mask, max_new_tokens=COUNT, do_sample=False, pad_token_id=0)
-        made = made[0, len(prompt) :].tolist()
-        return prompt, made, tokenizer.decode(made, skip_special_tokens=True)
+        output = reference.generate(ids, attention_mask=mask, max_new_tokens=COUNT, do_sample=False, pad_token_id=0)
+        answer_ids = output[0, len(prompt) :].tolist()
+        return prompt, answer_ids, tokenizer.decode(answer_ids, skip_special_tokens=True)
 
     return answer
 
 
 def conversation(checkpoint: Checkpoint) -> Conversation:
-    return Conversation(checkpoint.tokenizer, checkpoint.args.max_seq_length, "", template=True)
+    return Conversation(checkpoint.tokenizer, checkpoint.args.max_seq_length)
 
 
 def test_ids_are_those_of_the_library(folder: Path, checkpoint: Checkpoint) -> None:
-    """On 100,000 characters of random Unicode and more of prose and code; and what is said comes back."""
+    """100,000 characters of random Unicode, and more of prose and code."""
     from tokenizers import Tokenizer  # noqa: PLC0415
 
     library, ours = Tokenizer.from_file(str(folder / "tokenizer.json")), checkpoint.tokenizer
@@ -91,55 +93,54 @@ def test_answers_are_transformers(checkpoint: Checkpoint, model: Transformer, th
     for question in QUESTIONS:
         prompt, answer, _ = theirs([{"role": "user", "content": question}])
         assert conversation(checkpoint).prompt(question) == prompt
-        answer = [token for token in answer if token not in checkpoint.tokenizer.ends]
-        for speculation in (None, Speculation(None, 5, Lookup())):
-            ends = checkpoint.tokenizer.ends
-            assert generated(new_engine(model), prompt, COUNT, make_sampling(), ends, speculation) == answer
+        answer = [token for token in answer if token not in checkpoint.tokenizer.eos_ids]
+        for speculation in (None, Speculation(None, 5, PromptLookup())):
+            eos_ids = checkpoint.tokenizer.eos_ids
+            assert generated(new_engine(model), prompt, COUNT, make_params(), eos_ids, speculation) == answer
 
 
 def test_a_dialogue_is_transformers(checkpoint: Checkpoint, model: Transformer, theirs: Callable) -> None:
-    """Three turns, each of which is what the template makes of the text of all before it."""
-    talk, engine, messages = conversation(checkpoint), new_engine(model), []
+    """Three turns; the prompt of each has the texts of all before it, and only its new tokens run."""
+    talk, engine, messages, known = conversation(checkpoint), new_engine(model), [], 0
     for question in ("Hello, who are you?", "Name three colours.", "Which of them is the sky's?"):
         messages.append({"role": "user", "content": question})
         prompt, answer, text = theirs(messages)
         assert talk.prompt(question) == prompt
-        answer = [token for token in answer if token not in checkpoint.tokenizer.ends]
-        assert generated(engine, prompt, COUNT, make_sampling(), checkpoint.tokenizer.ends) == answer
-        talk.add(question, prompt, answer)
+        answer = [token for token in answer if token not in checkpoint.tokenizer.eos_ids]
+        assert generated(engine, prompt, COUNT, make_params(), checkpoint.tokenizer.eos_ids) == answer
+        assert engine.num_cached >= known  # at most the last answer runs again
+        known = len(prompt) - 1
+        talk.add(question, checkpoint.tokenizer.decode(answer, sys.maxsize))
         assert talk.messages[-1]["content"] == text
         messages.append({"role": "assistant", "content": text})
 
 
 def test_prefixes_keep_the_text(checkpoint: Checkpoint, model: Transformer, tmp_path: Path) -> None:
-    """Stored by one engine, found by another."""
+    """One engine saves them, another one loads them."""
     prompt = conversation(checkpoint).prompt(QUESTIONS[1])
-    expected = generated(new_engine(model), prompt, 30, make_sampling(temperature=0.8))
-    for cached in (0, len(prompt) // 16 * 16):
-        store = Store(tmp_path, 10**9)
-        engine = CachedEngine(model, model.make_cache(512), checkpoint=checkpoint, store=store)
-        engine.rewind(prompt)
-        assert len(engine.ids) == min(cached, len(prompt) - 1)
-        assert generated(engine, prompt, 30, make_sampling(temperature=0.8)) == expected
-        engine.keep(prompt + expected)
+    expected = generated(new_engine(model), prompt, 30, make_params(temperature=0.8))
+    for cached in (0, (len(prompt) - 1) // 16 * 16):
+        engine = Engine(model, 512, checkpoint, PrefixCache(tmp_path, 10**9))
+        assert generated(engine, prompt, 30, make_params(temperature=0.8)) == expected
+        assert engine.num_cached == cached
 
 
 @pytest.mark.parametrize(
     "scheme", [{"mode": "int8"}, {"mode": "int4", "groupsize": 32}, {"mode": "int4", "groupsize": 64}]
 )
 def test_quantized_it_answers_sensibly(checkpoint: Checkpoint, scheme: dict, tmp_path: Path) -> None:
-    """In float32, so that no near-tie decides: Paris is the capital of France. The text stays, and is long enough."""
+    """In float32, so that no near-tie decides: Paris is the capital of France. The calibration text is a long one."""
     text = "\n".join(topics.values())[:10_000]
     quantize(checkpoint, scheme, "cpu", tmp_path / "quantized.pth", text)
     small = load_model(read_checkpoint(tmp_path / "quantized.pth"), "cpu", torch.float32)
     prompt = conversation(checkpoint).prompt(QUESTIONS[0])
-    answer = generated(new_engine(small), prompt, COUNT, make_sampling(), checkpoint.tokenizer.ends)
-    assert "Paris" in checkpoint.tokenizer.message(answer)
+    answer = generated(new_engine(small), prompt, COUNT, make_params(), checkpoint.tokenizer.eos_ids)
+    assert "Paris" in checkpoint.tokenizer.decode(answer, sys.maxsize)
 
 
 @pytest.fixture(scope="module")
 def rescaled(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """The same function without the grid of 4 bits that the package's weights lie on."""
+    """The same function without the grid of 4 bits that the package's weights have."""
     folder = tmp_path_factory.mktemp("rescaled")
     write_model(folder, rescaled=True)
     return read_checkpoint(convert(folder, "float32"))
@@ -147,9 +148,9 @@ def rescaled(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def unlike(checkpoint: Checkpoint) -> str:
-    """A text of 1,500 tokens unlike the README: of Python's own documentation."""
+    """A text of 1,500 tokens unlike the README: from Python's own documentation."""
     ids = checkpoint.tokenizer.encode("\n".join(topics.values()))[2000:3500]
-    return checkpoint.tokenizer.message(ids).replace("\ufffd", "")
+    return checkpoint.tokenizer.decode(ids, sys.maxsize).replace("\ufffd", "")
 
 
 def test_rescaled_it_is_the_same_function(rescaled: Checkpoint, checkpoint: Checkpoint, unlike: str) -> None:
@@ -157,13 +158,13 @@ def test_rescaled_it_is_the_same_function(rescaled: Checkpoint, checkpoint: Chec
 
 
 @pytest.mark.parametrize("groupsize, peer", [(32, "Q4_1"), (64, "Q4_0")])
-def test_what_a_text_shows_keeps_most_of_what_is_lost_without_it(
+def test_a_calibration_text_keeps_most_of_the_loss_away(
     rescaled: Checkpoint, unlike: str, groupsize: int, peer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At most 0.35 of the divergence of plain least squares from the whole range; and less than llama.cpp's format."""
+    """At most 0.35 of the divergence of least squares from the whole range; and less than llama.cpp's format."""
     scheme, found = {"mode": "int4", "groupsize": groupsize}, []
-    for parts, text in ((quantize_module.PARTS, quantize_module.TEXT.read_text()), ((1.0,), None)):
-        monkeypatch.setattr(quantize_module, "PARTS", parts)
+    for ratios, text in ((quantize_module.CLIP_RATIOS, quantize_module.TEXT.read_text()), ((1.0,), None)):
+        monkeypatch.setattr(quantize_module, "CLIP_RATIOS", ratios)
         quantize(rescaled, scheme, "cpu", tmp_path / "model.pth", text)
         found.append(compare(rescaled, read_checkpoint(tmp_path / "model.pth"), unlike, "cpu"))
     assert found[0].divergence <= 0.35 * found[1].divergence

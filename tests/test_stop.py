@@ -1,4 +1,4 @@
-"""--stop: an answer ends before the first of these texts; nothing else is held back, nothing that was cut off kept."""
+"""--stop: an answer ends before the first of these texts; nothing else is held back, nothing after it is kept."""
 
 import contextlib
 import io
@@ -6,19 +6,20 @@ import random
 from pathlib import Path
 
 import pytest
-from conftest import TOKENIZER, generated, make_sampling, new_engine, run_cli
+from conftest import decoded, generated, make_params, new_engine, run_cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_conversation import chat, session_of  # noqa: F401  a fixture
+from test_conversation import chat, session_of, talk  # noqa: F401  `chat` is a fixture
 
-from generate import Session, Shown
+from generate import Session
+from tokenizer import ESCAPE, TextStreamer, utf8_decoder
 
 TEXT = "def read_file(path):\n"
 
 
 def split(text: bytes, cuts: list[int]) -> list[bytes]:
-    places = [0, *sorted({cut % (len(text) + 1) for cut in cuts}), len(text)]
-    return [text[start:end] for start, end in zip(places, places[1:], strict=False)]
+    positions = [0, *sorted({cut % (len(text) + 1) for cut in cuts}), len(text)]
+    return [text[start:end] for start, end in zip(positions, positions[1:], strict=False)]
 
 
 @settings(max_examples=200, deadline=None)
@@ -27,26 +28,40 @@ def split(text: bytes, cuts: list[int]) -> list[bytes]:
     stops=st.lists(st.text("ab\u00e9\U0001f600", min_size=1, max_size=4), max_size=3),
     cuts=st.lists(st.integers(0, 200), max_size=20),
 )
-def test_what_is_shown(text: str, stops: list[str], cuts: list[int]) -> None:
-    """In any pieces, also within characters: all before the first stop text, and at each moment all that is sure."""
+def test_the_printed_text(text: str, stops: list[str], cuts: list[int]) -> None:
+    """In pieces that may end within characters: at each moment all text that cannot start a stop text is printed."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        shown, came, wanted = Shown([stop.encode() for stop in stops]), b"", b""
+        streamer, decode, came, expected = TextStreamer(stops), utf8_decoder().decode, "", ""
         for piece in split(text.encode(), cuts):
-            came += piece
-            goes_on = shown.add(piece)
-            ends = [came.find(stop.encode()) for stop in stops if stop.encode() in came]
-            assert goes_on == (not ends)
+            came += decode(piece)
+            streamer.put(piece)
+            ends = [came.find(stop) for stop in stops if stop in came]
+            assert bool(streamer.stop) == bool(ends)
             if ends:
-                wanted = came[: min(ends)]
+                expected = came[: min(ends)]
+                assert came.startswith(streamer.stop, min(ends)) and streamer.stop in stops
                 break
-            may_begin = [i for i in range(len(came)) if any(stop.encode().startswith(came[i:]) for stop in stops)]
-            wanted = came[: min(may_begin, default=len(came))]
-            assert shown.size == len(wanted)
+            may_start = [i for i in range(len(came)) if any(stop.startswith(came[i:]) for stop in stops)]
+            expected = came[: min(may_start, default=len(came))]
+            assert streamer.printed == len(expected) and out.getvalue() == expected
         else:
-            wanted = came
-        shown.end("")
-    assert shown.size == len(wanted)
-    assert out.getvalue() == wanted.decode(errors="replace")
+            expected = came
+        streamer.end("")
+    assert streamer.printed == len(expected)
+    assert out.getvalue() == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.binary(max_size=12), cuts=st.lists(st.integers(0, 12), max_size=5))
+def test_the_end_prints_a_character_that_is_not_whole(data: bytes, cuts: list[int]) -> None:
+    """Each byte that is not UTF-8 as one replacement character; the line end does not count."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        streamer = TextStreamer([])
+        for piece in split(data, cuts):
+            streamer.put(piece)
+        streamer.end("\n")
+    assert out.getvalue() == data.decode("utf-8", "replace each byte") + "\n"
+    assert streamer.printed == len(out.getvalue()) - 1
 
 
 @pytest.fixture(scope="module")
@@ -60,47 +75,50 @@ def guessing(chat: dict[str, Path]) -> Session:  # noqa: F811
     return session_of(chat["float32"], "--temperature", 0.8, "--max_new_tokens", 40, "--raw", *more)
 
 
-def answer(session: Session, prompt: list[int], stops: list[str], capsys) -> tuple[list[int], str]:
-    session.stops = [stop.encode() for stop in stops]
-    said = session.answer(prompt)
-    return said, capsys.readouterr().out.removesuffix("\n")
+def answer(session: Session, prompt: list[int], stops: list[str], capsys) -> str:
+    """The printed text of an answer, which is also the text that the session returns."""
+    session.stops = stops
+    text = session.answer(prompt).replace(ESCAPE, "")
+    assert capsys.readouterr().out.removesuffix("\n") == text
+    return text
 
 
 @pytest.mark.parametrize("guesses", [False, True], ids=["plain", "guessing"])
 def test_an_answer_ends_before_the_first_stop_text(session, guessing, guesses: bool, capsys) -> None:
-    """Across tokens, within them, at the very first, in what was guessed; two that begin alike; not in the prompt."""
+    """Across tokens, within them, at the very first, in guesses; two that start alike; not in the prompt."""
     asked, draw = guessing if guesses else session, random.Random(0)
     prompt = session.conversation().prompt(TEXT)
-    _, text = answer(session, prompt, [], capsys)
+    text = answer(session, prompt, [], capsys)
+    ids = prompt + generated(new_engine(session.engine.model), prompt, 40, session.params, session.tokenizer.eos_ids)
     assert len(text) > 40
     for _ in range(12):
         start, size = draw.randrange(len(text) - 2), draw.randrange(1, 9)
         stops = [text[start : start + size], text[start : start + size] + "never", "path", "no such"]
-        said, found = answer(asked, prompt, stops, capsys)
-        assert found == text[: min(text.index(stop) for stop in stops if stop in text)]
-        assert "Stopped: stop text" in asked.statistics()
-        assert b"".join(map(session.tokenizer.bytes_of, said)).decode() == found
-        engine = asked.engines[0]
-        assert engine.ids == (prompt + said)[: len(engine.ids)]
-    assert answer(asked, prompt, [text[0]], capsys) == ([], "")
-    assert answer(asked, prompt, ["no such text"], capsys)[1] == text
+        assert answer(asked, prompt, stops, capsys) == text[: min(text.index(stop) for stop in stops if stop in text)]
+        assert "Stopped: stop text" in asked.statistics
+        cached = asked.engine.cached_ids
+        assert cached == ids[: len(cached)]
+        assert not any(stop in decoded(cached[len(prompt) : -1]) for stop in stops)
+    assert answer(asked, prompt, [text[0]], capsys) == ""
+    assert answer(asked, prompt, ["no such text"], capsys) == text
 
 
 @pytest.mark.parametrize("guesses", [False, True], ids=["plain", "guessing"])
 def test_after_a_stop_text_the_cache_is_a_fresh_one(session, guessing, guesses: bool, capsys) -> None:
     asked = guessing if guesses else session
     prompt = session.conversation().prompt(TEXT)
-    _, text = answer(asked, prompt, [], capsys)
+    text = answer(asked, prompt, [], capsys)
     for stop in (text[7:10], text[20:22], text[1:3]):
-        said, _ = answer(asked, prompt, [stop], capsys)
-        for again in (prompt + said + prompt, prompt):
-            engine, fresh = asked.engines[0], new_engine(asked.engines[0].model)
-            sampling = make_sampling(5, 0.8)
-            assert generated(engine, again, 20, sampling) == generated(fresh, again, 20, sampling)
+        kept = answer(asked, prompt, [stop], capsys)
+        cached = list(asked.engine.cached_ids)
+        for again in (cached + prompt, prompt + session.tokenizer.encode(kept) + prompt, prompt):
+            fresh = new_engine(asked.engine.model)
+            params = make_params(5, 0.8)
+            assert generated(asked.engine, again, 20, params) == generated(fresh, again, 20, params)
 
 
 @pytest.mark.slow
-def test_stored_prefixes_hold_nothing_that_was_cut_off(demo, tmp_path: Path) -> None:
+def test_the_prefix_cache_holds_no_text_after_the_stop_text(demo, tmp_path: Path) -> None:
     flags = ["--checkpoint_path", demo["target"], "--precision", "float32", "--prompt", TEXT * 4, "--ignore_eos"]
     flags += ["--cache_dir", tmp_path, "--max_new_tokens", 60]
     text = run_cli("generate_prefill.py", *flags, "--no_cache").stdout
@@ -112,29 +130,18 @@ def test_stored_prefixes_hold_nothing_that_was_cut_off(demo, tmp_path: Path) -> 
     assert len(list((tmp_path / "llama_prefixes").iterdir())) > stored
 
 
-def test_a_conversation_goes_on_behind_what_was_shown(chat, capsys) -> None:  # noqa: F811
-    """Turn by turn with a stop text is one pass over what was said."""
+def test_a_conversation_goes_on_after_the_printed_text(chat, monkeypatch, capsys) -> None:  # noqa: F811
+    """Turn by turn with a stop text is one pass over the printed text."""
     one = session_of(chat["float32"], "--temperature", 0.8)
-    talk = one.conversation()
-    prompt = talk.prompt("import os")
-    _, text = answer(one, prompt, [], capsys)
-    said, shown = answer(one, prompt, [text[5:8]], capsys)
-    talk.add("import os", prompt, said)
-    assert talk.messages[-1]["content"].strip() == shown.strip()
-    following = talk.prompt("What does it return?")
+    conversation = one.conversation()
+    prompt = conversation.prompt("import os")
+    text = answer(one, prompt, [], capsys)
+    printed = answer(one, prompt, [text[5:8]], capsys)
+    conversation.add("import os", printed)
+    assert conversation.messages[-1]["content"].strip() == printed.strip()
+    following = conversation.prompt("What does it return?")
     assert following[: len(prompt)] == prompt
     fresh = session_of(chat["float32"], "--temperature", 0.8)
     assert answer(one, following, [], capsys) == answer(fresh, following, [], capsys)
-
-
-@given(ids=st.lists(st.integers(3, 2047), max_size=12), size=st.integers(0, 40))
-def test_the_beginning_of_some_ids_says_the_beginning_of_their_text(ids: list[int], size: int) -> None:
-    """Wherever it ends between characters; of whole tokens it has the ids."""
-    said = b"".join(map(TOKENIZER.bytes_of, ids))
-    size = min(size, len(said))
-    while 0 < size < len(said) and said[size] >> 6 == 0b10:
-        size -= 1
-    found = TOKENIZER.beginning(ids, size)
-    assert b"".join(map(TOKENIZER.bytes_of, found)).decode(errors="ignore") == said[:size].decode(errors="ignore")
-    whole = [count for count in range(len(ids) + 1) if sum(len(TOKENIZER.bytes_of(i)) for i in ids[:count]) == size]
-    assert not whole or found == ids[: whole[-1]]
+    fresh.stops = [text[5:8]]
+    assert talk(fresh, ["import os", "What does it return?"], monkeypatch)[1].prompt == following

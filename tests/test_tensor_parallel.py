@@ -1,4 +1,4 @@
-"""Tensor parallelism: the text of one process for any number of ranks, a share of the memory, an end in every case."""
+"""Tensor parallelism: the text of one process for any number of ranks, a part of the memory, an end in every case."""
 
 import json
 import os
@@ -19,29 +19,25 @@ from conftest import ROOT, TOKENIZER, assert_close
 
 import tp
 from benchmarks.grow import shape_args
-from checkpoint import GROUPSIZES, empty_model, read_checkpoint, write_checkpoint
+from checkpoint import GROUPSIZES, empty_model, new_checkpoint, read_checkpoint
 from model import ModelArgs
 from quantize import quantize
 
 TEXT = "def read_file(path):\n    with open(path) as file:\n        return file.read()\n\n\ndef write_file("
 GQA = ModelArgs(256, 2, 8, 4, 128, 1024, 2048, 1e-5, 10000.0, 1.0, 512)
-ODD = ModelArgs(64, 1, 3, 3, 32, 96, 2048, 1e-5, 10000.0, 1.0, 512)  # of a draft that no two ranks can share
+ODD = ModelArgs(64, 1, 3, 3, 32, 96, 2048, 1e-5, 10000.0, 1.0, 512)  # a draft that cannot be divided by two
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
 def write_random(path: Path, args: ModelArgs, quantization: dict | None = None, zeros: bool = False) -> None:
     """A checkpoint with the demo's tokenizer."""
     generator = torch.Generator().manual_seed(0)
-
-    def draw(mapped: dict[str, torch.Tensor]) -> None:
-        for name, tensor in () if zeros else mapped.items():
-            tensor.copy_(
-                torch.randn(tensor.shape, generator=generator) * (0.3 if "norm" in name else tensor.shape[-1] ** -0.5)
-            )
-
-    header = {"config": asdict(args), "quantization": quantization, "chat": False, "tokenizer": TOKENIZER.proto}
+    header = {"config": asdict(args), "quantization": quantization, "tokenizer": asdict(TOKENIZER)}
     tensors = empty_model(args, quantization, torch.bfloat16).to_empty(device="cpu").state_dict()
-    write_checkpoint(path, header, tensors, draw)
+    with new_checkpoint(path, header, tensors) as mapped:
+        for name, tensor in () if zeros else mapped.items():
+            spread = 0.3 if "norm" in name else tensor.shape[-1] ** -0.5
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * spread)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +53,7 @@ def folder(demo: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
         quantize(original, {"mode": "int8"}, "cpu", folder / f"{name}_int8.pth")
         for size in GROUPSIZES:
             quantize(original, {"mode": "int4", "groupsize": size}, "cpu", folder / f"{name}_int4.g{size}.pth")
-    prompts = [TOKENIZER.start, [*TOKENIZER.start, *TOKENIZER.encode(TEXT)]]
+    prompts = [TOKENIZER.bos_ids, [*TOKENIZER.bos_ids, *TOKENIZER.encode(TEXT)]]
     (folder / "prompts.json").write_text(json.dumps(prompts))
     return folder
 
@@ -90,7 +86,7 @@ def ended(processes: list[subprocess.Popen], seconds: float = 300) -> list[tuple
 
 @pytest.fixture(scope="module")
 def results(folder: Path) -> Callable[[int], dict]:
-    """A function: number of ranks -> what they answered."""
+    """A function: number of ranks -> their results."""
 
     @cache
     def run(count: int) -> dict:
@@ -105,7 +101,7 @@ def results(folder: Path) -> Callable[[int], dict]:
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_text_does_not_change_with_the_number_of_ranks(results: Callable[[int], dict], count: int) -> None:
-    """Greedy and sampled, plain and speculative, stored and compiled, at 16, 8 and 4 bits in every group size."""
+    """Greedy and sampled, plain and speculative, cached and compiled, in 16, 8 and 4 bits with every group size."""
     alone, shared = ({name: found for name, found in results(n).items() if name != "bfloat16"} for n in (0, count))
     assert alone.keys() == shared.keys() and len(shared) == 12
     for name, found in shared.items():
@@ -114,22 +110,22 @@ def test_text_does_not_change_with_the_number_of_ranks(results: Callable[[int], 
             assert f"is no multiple of {count} ranks" in found["refused"]
             assert name.startswith("target") and (256 // count % size or 768 // count % size)
             continue
-        assert found["said"] == alone[name]["said"], name
+        assert found["ids"] == alone[name]["ids"], name
         assert_close(torch.tensor(found["logits"]), torch.tensor(alone[name]["logits"]))
-        for path, said in found["said"].items():
-            usual = found["said"][path.split()[0]]
-            assert said == usual[-len(said) :], (name, path)
+        for path, ids in found["ids"].items():
+            plain = found["ids"][path.split()[0]]
+            assert ids == plain[-len(ids) :], (name, path)
     assert sum("refused" in found for found in shared.values()) == {1: 0, 2: 1, 4: 2}[count]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_speculation_does_not_change_the_text_in_bfloat16_either(results: Callable[[int], dict], count: int) -> None:
-    """A row of many is bit for bit that row alone also where ranks add up their parts of it."""
+    """A row of many is bit for bit that row alone if ranks add up their parts of it, too."""
     found = results(count)["bfloat16"]
     for one, other in found.values():
         assert one == other
-    assert len(found["said"][0]) == 32
+    assert len(found["ids"][0]) == 32
 
 
 @pytest.mark.slow
@@ -137,21 +133,22 @@ def test_speculation_does_not_change_the_text_in_bfloat16_either(results: Callab
 def test_ranks_find_their_own_parts_of_a_prefix_and_no_others(
     results: Callable[[int], dict], folder: Path, count: int
 ) -> None:
-    """All numbers of ranks use one folder: what another number has stored there is not taken; one rank is like none."""
+    """All numbers of ranks use one folder, but not the files of each other; one rank is like none."""
     results(0)
     length = len(json.loads((folder / "prompts.json").read_text())[-1])
     for name, found in results(count).items():
         if name != "bfloat16" and "refused" not in found:
-            whole = (length - 1) // 16 * 16
-            assert found["stored"] == {"first": whole if count == 1 else 0, "again": whole > 16 and whole}, name
+            blocks = (length - 1) // 16 * 16
+            assert blocks > 16
+            assert found["cached"] == {"first": blocks if count == 1 else 0, "again": blocks}, name
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", [None, {"mode": "int4", "groupsize": 32}], ids=["16 bits", "4 bits"])
-def test_a_rank_has_its_share_of_the_weights_in_memory(tmp_path: Path, quantization: dict | None) -> None:
-    """1.1b: what comes with the model in anonymous memory is the layers' share; the rest is mapped, not copied."""
+def test_a_rank_has_its_part_of_the_weights_in_memory(tmp_path: Path, quantization: dict | None) -> None:
+    """1.1b: the model adds its part of the layers to anonymous memory; the rest is mapped, not copied."""
     write_random(tmp_path / "model.pth", shape_args("1.1b", 2048), quantization, zeros=True)
-    weights = read_checkpoint(tmp_path / "model.pth").model
+    weights = read_checkpoint(tmp_path / "model.pth").state_dict
     size = sum(tensor.nbytes for name, tensor in weights.items() if name.startswith("layers."))
     for count in (2, 4):
         done = ended(ranks(count, "-m", "tests.ranks", "memory", tmp_path, tmp_path / "results.json"))
@@ -178,26 +175,26 @@ def alone(*words: str | Path, text: str | None = None) -> subprocess.CompletedPr
     )
 
 
-def test_torchrun_answers_like_python_and_only_rank_0_speaks(folder: Path) -> None:
+def test_torchrun_answers_like_python_and_only_rank_0_prints(folder: Path) -> None:
     words = ["--checkpoint_path", folder / "target_float.pth", "--precision", "float32", "--max_new_tokens", "20"]
     words += ["--prompt", "-"]
-    usual = alone("generate.py", *words, text=TEXT)
+    plain = alone("generate.py", *words, text=TEXT)
     process = torchrun(2, "generate.py", *words, stdin=subprocess.PIPE)
     stdout, stderr = process.communicate(TEXT, timeout=300)
-    assert (process.returncode, stdout) == (0, usual.stdout), stderr
+    assert (process.returncode, stdout) == (0, plain.stdout), stderr
     assert [line.split(":")[0] for line in stderr.splitlines()] == [
-        line.split(":")[0] for line in usual.stderr.splitlines()
+        line.split(":")[0] for line in plain.stderr.splitlines()
     ]
 
 
 @pytest.mark.slow
-def test_torchrun_stores_prefixes_for_each_rank(folder: Path, tmp_path: Path) -> None:
+def test_torchrun_saves_prefixes_for_each_rank(folder: Path, tmp_path: Path) -> None:
     words = ["generate_prefill.py", "--checkpoint_path", folder / "target_int8.pth", "--precision", "float32"]
     words += ["--max_new_tokens", "8", "--cache_dir", tmp_path / "prefixes", "--system", TEXT * 2, "--prompt", "import"]
-    usual = alone(*words)
+    plain = alone(*words)
     for cached in ("(cached 0 of", "(cached 64 of"):
         [(status, stdout, stderr)] = ended([torchrun(2, *words)])
-        assert (status, stdout) == (0, usual.stdout), stderr
+        assert (status, stdout) == (0, plain.stdout), stderr
         assert cached in stderr
 
 
@@ -227,7 +224,7 @@ def test_torchrun_holds_a_conversation_and_ends_with_its_input(folder: Path) -> 
         ("none.pth", 2, "none.pth: No such file"),
     ],
 )
-def test_what_ranks_cannot_share_is_refused_by_name(folder: Path, name: str, count: int, cause: str) -> None:
+def test_a_model_that_cannot_be_divided_is_refused_by_name(folder: Path, name: str, count: int, cause: str) -> None:
     for rank, (status, stdout, stderr) in enumerate(
         ended(ranks(count, "generate.py", "--checkpoint_path", folder / name))
     ):
@@ -236,22 +233,7 @@ def test_what_ranks_cannot_share_is_refused_by_name(folder: Path, name: str, cou
 
 
 @pytest.mark.slow
-def test_hosts_with_other_checkpoints_are_refused(folder: Path) -> None:
-    """The shapes are the same, the weights are not."""
-    group = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost"}
-    group["MASTER_PORT"] = free_port()
-    (folder / "other").mkdir()
-    write_random(folder / "other" / "gqa_float.pth", GQA)
-    paths = [folder / "gqa_float.pth", folder / "other" / "gqa_float.pth"]
-    words = ["generate.py", "--checkpoint_path"]
-    processes = [start(group | {"RANK": rank}, *words, path) for rank, path in enumerate(paths)]
-    for status, stdout, stderr in ended(processes):
-        assert (status, stdout) == (1, "")
-        assert "not the same file on every host" in stderr and len(stderr.splitlines()) == 1
-
-
-@pytest.mark.slow
-def test_a_draft_that_ranks_cannot_share_is_whole_on_each(folder: Path, tmp_path: Path) -> None:
+def test_a_draft_that_cannot_be_divided_is_whole_on_each_rank(folder: Path, tmp_path: Path) -> None:
     """Here for its groups: four ranks would have 64 inputs each, half a group."""
     quantize(
         read_checkpoint(folder / "target.draft.pth"), {"mode": "int4", "groupsize": 128}, "cpu", tmp_path / "draft.pth"
@@ -290,12 +272,12 @@ def test_text_from_a_file_is_that_of_the_first_rank(folder: Path, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [["--help"], ["--no_such_flag"], ["--prompt", "-"]], ids=" ".join)
-def test_only_rank_0_says_what_is_wrong_with_flags_and_input(folder: Path, words: list[str]) -> None:
+def test_only_rank_0_prints_errors_of_flags_and_input(folder: Path, words: list[str]) -> None:
     words = ["generate.py", "--checkpoint_path", folder / "target_float.pth", *words]
-    usual = subprocess.run([sys.executable, *words], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    plain = subprocess.run([sys.executable, *words], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     first, other = ended(ranks(2, *words))
-    assert first == (usual.returncode, usual.stdout, usual.stderr)
-    assert other == (usual.returncode, "", "")
+    assert first == (plain.returncode, plain.stdout, plain.stderr)
+    assert other == (plain.returncode, "", "")
 
 
 @pytest.mark.slow
@@ -309,7 +291,7 @@ def test_an_address_that_is_not_there_is_one_line(folder: Path) -> None:
     assert "out of reach" in stderr and "none0" in stderr and len(stderr.splitlines()) == 1
 
 
-def test_what_torchrun_leaves_in_the_environment_makes_no_rank(folder: Path) -> None:
+def test_a_variable_that_torchrun_left_makes_no_rank(folder: Path) -> None:
     """LOCAL_RANK alone, as a shell may have it from a job that has ended."""
     ((status, stdout, stderr),) = ended(
         [start({"LOCAL_RANK": 0}, "generate.py", "--checkpoint_path", folder / "gqa_int8.pth")]
@@ -318,7 +300,7 @@ def test_what_torchrun_leaves_in_the_environment_makes_no_rank(folder: Path) -> 
 
 
 def test_a_rank_that_waits_for_another_ends_when_it_is_stopped(folder: Path) -> None:
-    """At once, as torchrun expects, and not after the half minute that it gives."""
+    """At once, as torchrun expects, and not after the half minute that it allows."""
     port = free_port()
     group = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     process = start(group, "generate.py", "--checkpoint_path", folder / "gqa_float.pth")
@@ -340,11 +322,11 @@ def test_ranks_need_no_numpy(folder: Path, tmp_path: Path) -> None:
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tp, "IS_RANK", True)
+    monkeypatch.setattr(tp, "STARTED_BY_TORCHRUN", True)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="2 GPUs"):
-        tp.join("cuda")
+        tp.init("cuda")
 
 
 def children(parent: int) -> list[int]:
