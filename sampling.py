@@ -81,7 +81,7 @@ def sample_reference(logits: Tensor, input_pos: Tensor, seed: Tensor, temperatur
 
 def sample_meta(logits: Tensor, *others: object) -> Tensor:
     """The shape of the result, for torch.compile."""
-    return logits.new_empty(len(logits), dtype=torch.int64)
+    return logits.new_empty(logits.shape[0], dtype=torch.int64)  # len() would make a symbolic size constant
 
 
 library = torch.library.Library("llama", "FRAGMENT")

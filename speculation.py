@@ -171,7 +171,7 @@ class Speculation:
         for i in range(min(accepted + 1, k)):
             self.acceptance[source].add(float(i < accepted), self.passes)
         self.pass_seconds[k].add_seconds(pass_seconds, self.passes)
-        if source == "draft":
+        if source == "draft" and k > 0:
             self.draft_seconds.add_seconds(draft_seconds / k, self.passes)
 
     def speculative_decode(self, engine, ids: list[int], max_new_tokens: int, params: SamplingParams) -> list[int]:

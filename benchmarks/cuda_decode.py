@@ -82,15 +82,17 @@ def step(shape: str, scheme: str, compiled: bool) -> dict:
 
 
 def captured(shape: str, scheme: str) -> dict:
+    """Decoding with the captured step."""
     return step(shape, scheme, compiled=False)
 
 
 def compiled(shape: str, scheme: str) -> dict:
+    """Decoding with the captured step, compiled by torch.compile."""
     return step(shape, scheme, compiled=True)
 
 
 def capacity(shape: str, scheme: str) -> dict:
-    """Seconds per token with a cache for the whole context over those with a cache for 209 positions."""
+    """Seconds per token with a cache for the whole context, over seconds with a cache for 209 positions."""
     model, params = random_model(shape, scheme), new_params()
     engines = [Engine(model, size) for size in (9 + TOKENS, model.args.max_seq_length)]
     times = [[token_seconds(engine, params) for engine in engines] for _ in range(3)]

@@ -44,7 +44,7 @@ def match_heads(old: ModelArgs, new: ModelArgs) -> tuple[list[int], list[int]]:
     group, new_group = old.n_head // old.n_kv_head, new.n_head // new.n_kv_head
     copies = math.ceil(group / new_group)
     if old.n_kv_head * copies > new.n_kv_head:
-        raise ValueError(f"{new.n_head} heads and {new.n_kv_head} KV heads are too few for those of the checkpoint")
+        raise ValueError(f"{new.n_head} heads and {new.n_kv_head} KV heads are too few for the checkpoint's")
     q, kv = [-1] * new.n_head, [-1] * new.n_kv_head
     for head in range(old.n_head):
         old_kv, index = divmod(head, group)
@@ -87,7 +87,7 @@ def head_rows(args: ModelArgs) -> list[int]:
 
 @dataclass
 class Growth:
-    """How the weights of `old` become those of `new`. ValueError if `new` has too few heads."""
+    """Fills the weights of `new` from the weights of `old`. ValueError if `new` has too few heads."""
 
     old: ModelArgs
     new: ModelArgs

@@ -123,7 +123,7 @@ def tokenizer_json(metadata: dict) -> dict:
 def write_model(folder: Path, rescaled: bool = False) -> None:
     """Write the model to `folder` in the layout of its repository: weights in bfloat16, config, tokenizer, template.
 
-    With `rescaled`, the weights are those of `rescale`, in float32.
+    With `rescaled`, write the weights that `rescale` returns, in float32.
     """
     from gguf import GGUFReader  # noqa: PLC0415  not among the tests' requirements
     from safetensors.torch import save_file  # noqa: PLC0415  the same

@@ -1,4 +1,4 @@
-"""The cases of test_bad_input.py: command lines as they are typed, what is spoiled before, what must come of it.
+"""The cases of test_bad_input.py: command lines as they are typed, the damage done before, and the expected outcome.
 
 $DIR is the case's own copy of a tiny model: Hugging Face files, and the model.pth that the converter made of them.
 """
@@ -53,12 +53,12 @@ SHAPES = {
     f"{LAYER}post_attention_layernorm.weight": (64,),
 }
 FULL = "\N{LATIN SMALL LETTER Y WITH DIAERESIS}" * ((CONTEXT - 2) // 2)  # with BOM and a space: CONTEXT tokens
-Spoil = Callable[[Path], object]  # what is done to a case's folder before
+Spoil = Callable[[Path], object]  # damages the folder of a case
 
 
 @dataclass(frozen=True)
 class Case:
-    """A command line, what is spoiled before it, and what must come of it: nothing on stdout where it fails."""
+    """A command line, the damage done before it, and the expected outcome: nothing on stdout if it fails."""
 
     command: str
     says: str = ""  # in the one line on stderr that is no figure; " ... " stands for any text; none where it is empty
@@ -205,7 +205,7 @@ def linked(folder: Path) -> None:
 
 
 class Code:
-    """What makes a directory when it is unpickled by a program that trusts its input."""
+    """Makes a directory when it is unpickled by a program that trusts its input."""
 
     def __init__(self, folder: Path) -> None:
         self.marker = folder / "code was run"
@@ -215,12 +215,12 @@ class Code:
 
 
 def stored(folder: Path) -> dict:
-    """What model.pth holds."""
+    """The content of model.pth."""
     return torch.load(folder / "model.pth", weights_only=True)
 
 
 def holds(**expected: Tensor) -> Callable[[Path], bool]:
-    """Whether model.pth holds these weights as its embeddings and its output layer."""
+    """A function: folder -> True if model.pth holds these weights as its embeddings and its output layer."""
     return lambda folder: all(
         torch.equal(stored(folder)["model"][f"{name}.weight"], tensor.bfloat16()) for name, tensor in expected.items()
     )
@@ -287,7 +287,7 @@ def norm(weight: object) -> Spoil:
     return checkpoint(lambda content: content["model"].update({"norm.weight": weight}))
 
 
-CHECKPOINT = {  # what generate.py says of model.pth
+CHECKPOINT = {  # the lines of generate.py about model.pth
     "missing": (f"model.pth: No such file or directory ... {OURS}", remove("model.pth")),
     "a directory": (f"model.pth: Is a directory ... {OURS}", directory("model.pth")),
     "a text file": (f"model.pth: ... {OURS}", write("model.pth", "version https://git-lfs.github.com/spec/v1\n" * 3)),
@@ -427,7 +427,7 @@ OUTPUT = {
     "stdout closed": Case(f"{GENERATE} --max_new_tokens 1 >&-", status=0, shows="Stopped"),
     "stderr closed": Case(f"{GENERATE} --max_new_tokens 1 2>&-", status=0),
 }
-CONFIG_JSON = {  # what the converter says of config.json
+CONFIG_JSON = {  # the lines of the converter about config.json
     "missing": (f"config.json: No such file or directory; {WHOLE}", remove("config.json")),
     "a directory": (f"config.json: Is a directory; {WHOLE}", directory("config.json")),
     "not JSON": (f"config.json: JSONDecodeError: ... {WHOLE}", cut("config.json", 0.5)),
@@ -460,8 +460,8 @@ CONFIG_JSON = {  # what the converter says of config.json
         config(model_type="mistral", max_position_embeddings=32768),
     ),
     **{
-        f"eos_token_id {said!r}": ("it must be a number or a list of numbers", config(eos_token_id=said))
-        for said in ("</s>", [2, None], 2.5, {"id": 2})
+        f"eos_token_id {value!r}": ("it must be a number or a list of numbers", config(eos_token_id=value))
+        for value in ("</s>", [2, None], 2.5, {"id": 2})
     },
     "attention_bias": ("attention_bias = True is not supported: this program runs", config(attention_bias=True)),
     "mlp_bias": ("mlp_bias = True is not supported: this program runs plain Llama", config(mlp_bias=True)),
@@ -473,10 +473,10 @@ CONFIG_JSON = {  # what the converter says of config.json
     **{
         f"{key} {name}": (
             f"rope scaling = '{name}' is not supported: this program",
-            config(**{key: {said: name, "factor": 2.0}}),
+            config(**{key: {field: name, "factor": 2.0}}),
         )
         for name in ("dynamic", "longrope", "yarn")
-        for key, said in (("rope_scaling", "type"), ("rope_parameters", "rope_type"))
+        for key, field in (("rope_scaling", "type"), ("rope_parameters", "rope_type"))
     },
     "rope linear without factor": (
         f"config.json: KeyError: 'factor'; {WHOLE}",
@@ -496,7 +496,7 @@ CONFIG_JSON = {  # what the converter says of config.json
     ),
     "rope a string": (f"config.json: AttributeError: 'str' ... {WHOLE}", config(rope_scaling="linear")),
 }
-TOKENIZER = {  # what the converter says of the tokenizer's files
+TOKENIZER = {  # the lines of the converter about the tokenizer's files
     "missing": (f"tokenizer.model: No such file or directory; {PIECES}", remove("tokenizer.model")),
     "garbage": (f"tokenizer.model: RuntimeError: ... {PIECES}", write("tokenizer.model", b"\x00garbage" * 9)),
     "empty": (f"tokenizer.model: RuntimeError: ... {PIECES}", write("tokenizer.model", b"")),
@@ -595,7 +595,7 @@ HALF = list(SHAPES)[::2], list(SHAPES)[1::2]
 INDEX = dict.fromkeys(HALF[0], "model-a.safetensors") | dict.fromkeys(HALF[1], "model-b.safetensors")
 BIN = bin_file(lambda folder: weights())
 Q_NAMES = f"{LAYER}self_attn.q_proj.bias"
-WEIGHTS = {  # what the converter says of the weights
+WEIGHTS = {  # the lines of the converter about the weights
     "none": ("has no weights in safetensors or .bin: download it again", remove("model.safetensors")),
     "a shard less": ("weight in ... is missing: download it again", shards(None, a=HALF[0])),
     "a shard that only the index has": (
@@ -946,12 +946,12 @@ SIGNALS = {
     },
     **{
         f"SIGKILL in the converter at {call}": Case(
-            hit(CONVERT, "SIGKILL", call), status=-9, writes=(".model.pth.PID.tmp",)
+            hit(CONVERT, "SIGKILL", call), status=-9, writes=(".model.pth.NUMBER.tmp",)
         )
         for call in MOMENTS
     },
     "SIGKILL in the quantizer": Case(
-        hit(QUANTIZE, "SIGKILL", "os.fsync"), status=-9, writes=(".model_int8.pth.PID.tmp",)
+        hit(QUANTIZE, "SIGKILL", "os.fsync"), status=-9, writes=(".model_int8.pth.NUMBER.tmp",)
     ),
     "SIGINT, a whole process": Case(hit(CONVERT, "SIGINT", "os.fsync"), status=130),
     "SIGTERM, a whole process": Case(hit(CONVERT, "SIGTERM", "os.fsync"), status=143),
@@ -960,7 +960,7 @@ SIGNALS = {
             f"{{ {hit(command, 'SIGKILL', 'os.fsync')}; }} 2>/dev/null; {then} $DIR/.{file}.*.tmp >&2; {command}",
             f"/.{file}." if then == "ls" else "",
             status=0,
-            writes=(file, f".{file}.PID.tmp") if then == "ls" else (file,),
+            writes=(file, f".{file}.NUMBER.tmp") if then == "ls" else (file,),
         )
         for name, (command, file) in WRITERS.items()
         for when, then in (("after", "ls"), ("a day after", "touch -d '25 hours ago'"))

@@ -1,7 +1,7 @@
-"""What a user can do wrong ends in one line on stderr that names cause and cure, and leaves no file half-written.
+"""A mistake of a user ends in one line on stderr that names the cause and the fix, and leaves no file half-written.
 
-The cases are data: see bad_input_cases.py. A script is called in this process where that is the same as starting one,
-for starting torch takes longer than all else; what needs a shell is run by one, two at a time.
+The cases are data: see bad_input_cases.py. Most scripts are called in this process, because starting torch takes longer
+than all else; a command that needs a shell is run by one, two at a time.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ Ended = tuple[int, bytes, str]  # exit status, stdout, stderr
 @dataclass
 class Outcome:
     folder: Path
-    before: dict[str, str]  # what was in the folder
+    before: dict[str, str]  # files of the folder, by name
     after: dict[str, str]
     status: int
     stdout: bytes
@@ -76,7 +76,7 @@ def start(command: str, case: Case, folder: Path) -> Ended:
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(unwanted)}
     mine = {"DIR": str(folder), "ROOT": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     mine |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    mine |= {"PYTHONDONTWRITEBYTECODE": "1"}  # Python 3.11 keeps what a full disk takes of a .pyc, and breaks over it
+    mine |= {"PYTHONDONTWRITEBYTECODE": "1"}  # on a full disk, Python 3.11 keeps half of a .pyc, and fails over it
     mine |= {"TORCHINDUCTOR_CACHE_DIR": str(folder.parent / "cache")}
     done = subprocess.run(
         ["bash", "-c", command], cwd=ROOT, env=inherited | mine, input=case.stdin, capture_output=True, timeout=SECONDS
@@ -85,8 +85,8 @@ def start(command: str, case: Case, folder: Path) -> Ended:
 
 
 def content(folder: Path) -> dict[str, str]:
-    """What is in a folder: SHA-256 of each file by its name, in which PID stands for a number of a process."""
-    files = {re.sub(r"[.]\d+[.]tmp$", ".PID.tmp", str(path.relative_to(folder))): path for path in folder.rglob("*")}
+    """SHA-256 of each file in a folder by its name, in which NUMBER stands for the number of a temporary file."""
+    files = {re.sub(r"[.]\d+[.]tmp$", ".NUMBER.tmp", str(path.relative_to(folder))): path for path in folder.rglob("*")}
     return {n: hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "directory" for n, p in files.items()}
 
 
@@ -120,7 +120,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def started(
     base: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[dict[str, Future[Outcome]]]:
-    """The outcomes of those selected cases that need a shell; they run beside the others."""
+    """The outcomes of the selected cases that need a shell; they run beside the others."""
     selected = [item.callspec.params["name"] for item in request.session.items if item.path == Path(__file__)]
     names = [name for name in selected if not CALLED.fullmatch(CASES[name].command)]
     with ThreadPoolExecutor(2) as pool:
@@ -146,7 +146,7 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore:'torch.load' received a zip file")  # utils.py ignores all in a whole process
 @pytest.mark.parametrize("name", [pytest.param(name, id=name, marks=case.marks) for name, case in CASES.items()])
-def test_what_a_user_can_do(
+def test_bad_input(
     name: str, base: Path, started: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: None
 ) -> None:
     """The status; one line or none beside the figures; nothing on stdout where it fails; every other file as it was."""

@@ -184,7 +184,7 @@ def test_a_turn_runs_its_own_tokens_only(
 @pytest.fixture(params=["sentencepiece", "sentencepiece, raw", "byte-level BPE", "byte-level BPE, stripped answers"])
 def small_session(request: pytest.FixtureRequest, chat: dict[str, Path], random_llama: Callable) -> Session:
     """A session with the demo target, or with random weights and a byte-level BPE."""
-    flags = ["--max_new_tokens", 8, "--temperature", 1.2]
+    flags = ["--max_new_tokens", 6, "--temperature", 1.2]
     if "byte-level" not in request.param:
         return session_of(chat["float32"], *flags, *(["--raw"] if "raw" in request.param else []))
     _, folder = random_llama(vocab_size=720, max_position_embeddings=1024)
@@ -284,8 +284,9 @@ def test_an_interrupt_while_prefixes_are_saved_keeps_the_conversation(
 ) -> None:
     """The answer is whole, and the next turn goes on after it."""
     session = session_of(chat["float32"])
-    monkeypatch.setattr(Engine, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    turns = talk(session, LINES[:2], monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        turns = talk(session, LINES[:2], monkeypatch)
     assert_one_transcript(session, turns)
     assert len(turns[0].answer) > 3
 
@@ -376,7 +377,7 @@ def dialogues() -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 @pytest.mark.parametrize("system, turns", dialogues(), ids=range(20))
-def test_the_ids_are_those_of_the_chat_template_in_transformers(
+def test_the_ids_equal_the_ids_of_the_chat_template_in_transformers(
     system: str, turns: list[tuple[str, str]], llama_template: Callable
 ) -> None:
     """Llama 2's template, for the same turns and the line that is typed next."""

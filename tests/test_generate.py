@@ -219,16 +219,17 @@ def test_the_context_is_used_to_its_last_position(target) -> None:
     assert generated(new_engine(target), long + ids[:4], 100, make_params()) == ids[4:]
 
 
-def test_the_statistics_say_why_the_text_ended(demo) -> None:
+def test_the_statistics_say_why_the_text_ended(demo, target) -> None:
     flags = ["--checkpoint_path", str(demo["target"]), "--precision", "float32", "--temperature", "0"]
     session = Session(build_parser().parse_args([*flags, "--max_new_tokens", "30"]))
-    ids = session.answer(PROMPT)
-    assert "Stopped: max_new_tokens 30" in session.statistics()
+    session.answer(PROMPT)
+    assert "Stopped: max_new_tokens 30" in session.statistics
+    ids = generated(new_engine(target), PROMPT, 30, make_params())
     session.tokenizer.eos_ids = [ids[12]]
     session.answer(PROMPT)
-    assert "Stopped: end of sequence" in session.statistics()
+    assert "Stopped: end of sequence" in session.statistics
     session.answer((PROMPT * 400)[:1020])
-    assert "Stopped: context of 1024 tokens is full" in session.statistics()
+    assert "Stopped: context of 1024 tokens is full" in session.statistics
 
 
 def test_logits_that_are_not_finite_end_in_an_error(target) -> None:

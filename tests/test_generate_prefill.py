@@ -274,6 +274,14 @@ def test_a_file_under_another_name_is_not_used(tmp_path: Path) -> None:
     assert (ids, cached) == (fresh(A, 2), 48)
 
 
+def test_files_of_another_version_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other sources may round keys and values otherwise."""
+    answer(cached_engine(tmp_path), A, 2)
+    monkeypatch.setattr(generate_prefill, "CODE", "of another version")
+    ids, _, cached = answer(cached_engine(tmp_path), A, 2)
+    assert (ids, cached) == (fresh(A, 2), 0)
+
+
 @pytest.mark.parametrize("kind", ["file", "link", "folder"])
 def test_a_foreign_thing_under_the_name_of_a_block_is_not_used(kind: str, tmp_path: Path, capsys) -> None:
     """The text is right, at the cost of one line; a link's target and a folder stay as they are."""

@@ -49,7 +49,7 @@ def save_bin(tensors: dict[str, torch.Tensor]) -> bytes:
 
 
 def shards(whole: str, save: Callable[[dict], bytes]) -> dict[str, bytes]:
-    """Two files and their index, as Hugging Face's libraries write what is too large for one."""
+    """Two files and their index, as Hugging Face's libraries write a file that is too large for one."""
     stem, ending = whole.rsplit(".", 1)
     names = sorted(TENSORS)
     parts = {f"{stem}-0000{i + 1}-of-00002.{ending}": names[i::2] for i in range(2)}
@@ -63,11 +63,11 @@ WHOLE_BIN = {"pytorch_model.bin": save_bin(TENSORS)}
 SHARDS = shards("model.safetensors", save)
 BIN_SHARDS = shards("pytorch_model.bin", save_bin)
 LAST_SHARD = "model-00002-of-00002.safetensors"
-CHUNK = 10 << 20  # what the client writes at a time
+CHUNK = 10 << 20  # bytes that the client writes at a time
 
 
 class Hub(ThreadingHTTPServer):
-    """One repository in memory, served as huggingface.co does. `fails`: (the start of a path, status, X-Error-Code)."""
+    """One repository in memory, served as by huggingface.co. `fails`: (the start of a path, status, X-Error-Code)."""
 
     daemon_threads = True
 
@@ -76,9 +76,9 @@ class Hub(ThreadingHTTPServer):
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
         self.files = TEXTS | WHOLE
         self.fails = ("nothing", 0, "")
-        self.cut = ""  # the file in whose middle the connection ends, for as long as it stands here
-        self.begun = Event()  # whether half of that was sent
-        self.heals = False  # whether it is answered again after that
+        self.cut = ""  # the file in whose middle the connection ends
+        self.begun = Event()  # set when half of it was sent
+        self.heals = False  # True: later requests for it are answered
         self.fetched: list[str] = []  # files whose content was asked for
 
     def handle_error(self, *_: object) -> None:
@@ -152,7 +152,7 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """The scripts, copied, and links to what they run: with its own .venv and checkpoints/."""
+    """A copy of the scripts and links to the programs that they run, with its own .venv and checkpoints/."""
     folder = tmp_path / "project"
     shutil.copytree(ROOT / "scripts", folder / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
     for path in [*ROOT.glob("*.py"), ROOT / "kernels"]:
@@ -162,9 +162,9 @@ def project(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def prepare(project: Path, hub: Hub, tmp_path: Path) -> Callable:
-    """A function: runs ./scripts/prepare.sh with these words, and with the fake hub in the place of the real one.
+    """A function: runs ./scripts/prepare.sh with these words, and with the fake hub instead of the real one.
 
-    Where the client waits before it tries again, it waits for a hundredth of a second.
+    Between two attempts the client waits for a hundredth of a second only.
     """
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(
@@ -219,7 +219,7 @@ def assert_one_line(result: subprocess.CompletedProcess, says: str) -> None:
 def test_one_format_of_weights_is_fetched_and_nothing_that_is_not_read(
     hub: Hub, prepare: Callable, project: Path, offered: dict, taken: dict
 ) -> None:
-    """Safetensors where there are both. (The index of the other format is a small file, and may be fetched.)"""
+    """Safetensors if there are both. (The index of the other format is a small file, and may be fetched.)"""
     hub.files = TEXTS | CHAT | UNUSED | offered
     result = prepare(REPO)
     assert_wrote(result, project)
@@ -263,22 +263,22 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("fails, says", FAILURES.values(), ids=FAILURES)
-def test_what_the_hub_refuses_is_one_line(hub: Hub, prepare: Callable, fails: tuple, says: str) -> None:
-    """Cause, then cure."""
+def test_a_refusal_of_the_hub_is_one_line(hub: Hub, prepare: Callable, fails: tuple, says: str) -> None:
+    """The cause, then the fix."""
     hub.fails = fails
     assert_one_line(prepare(REPO), f"{REPO} was not downloaded ( ... {says}")
     assert "model.safetensors" not in hub.fetched
 
 
-def test_the_cause_is_named_where_an_earlier_run_left_files(hub: Hub, prepare: Callable) -> None:
-    """The client's last line is then where they are, not what is wrong."""
+def test_the_cause_is_named_if_an_earlier_run_left_files(hub: Hub, prepare: Callable) -> None:
+    """The client's last line then names their folder, not the cause."""
     hub.fails = FAILURES["gated"][0]
     assert_one_line(prepare(REPO), "requires approval")
     assert_one_line(prepare(REPO, HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE ... the network, then again")
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b/c", "-x", "no such/directory", "/no/such/directory"])
-def test_what_is_no_name_is_one_line(prepare: Callable, project: Path, name: str) -> None:
+def test_a_wrong_name_is_one_line(prepare: Callable, project: Path, name: str) -> None:
     assert_one_line(prepare(name), f"{name} was not downloaded (Invalid value. Repo id must ... {NAME} ... directory")
     assert not (project / "checkpoints").exists()
 
@@ -293,10 +293,8 @@ def test_no_network_is_one_line(prepare: Callable, environment: dict, says: str)
 
 
 @pytest.mark.slow
-def test_what_was_whole_when_the_connection_was_lost_is_not_fetched_again(
-    hub: Hub, prepare: Callable, project: Path
-) -> None:
-    """The client's line, then ours, after what it says of its attempts; where one of them is answered, it goes on."""
+def test_whole_files_are_not_fetched_again_after_a_lost_connection(hub: Hub, prepare: Callable, project: Path) -> None:
+    """The client's lines about its attempts, then ours; if an attempt is answered, it goes on."""
     hub.files, hub.cut = TEXTS | SHARDS, LAST_SHARD
     hub.files[LAST_SHARD] += bytes(2 * CHUNK)
     result = prepare(REPO)
@@ -328,14 +326,14 @@ def test_links_in_the_way(hub: Hub, prepare: Callable, project: Path, tmp_path: 
     assert (tmp_path / "large disk" / REPO / "model.pth").exists()
 
 
-def test_settings_of_the_shell_and_of_python_do_not_matter(prepare: Callable, project: Path, tmp_path: Path) -> None:
-    """A local directory, by a relative name that CDPATH has as well, with a space, and PYTHONSAFEPATH."""
+def test_settings_of_the_shell_do_not_matter(prepare: Callable, project: Path, tmp_path: Path) -> None:
+    """A local directory, by a relative name that CDPATH has as well, with a space."""
     for place in ("here", "elsewhere"):
         (tmp_path / place / "a model").mkdir(parents=True)
     for name, content in (TEXTS | WHOLE).items():
         (tmp_path / "here" / "a model" / name).write_bytes(content)
-    settings = {"CDPATH": f"{tmp_path}/elsewhere:{project.parent}:.", "PYTHONSAFEPATH": "1"}
-    result = prepare("a model", cwd=tmp_path / "here", script="../project/scripts/prepare.sh", **settings)
+    paths = f"{tmp_path}/elsewhere:{project.parent}:."
+    result = prepare("a model", cwd=tmp_path / "here", script="../project/scripts/prepare.sh", CDPATH=paths)
     model = tmp_path / "here" / "a model" / "model.pth"
     assert (result.returncode, result.stdout, result.stderr) == (0, "", f"wrote {model}\n")
     assert model.exists()
@@ -346,9 +344,9 @@ def test_settings_of_the_shell_and_of_python_do_not_matter(prepare: Callable, pr
 
 @pytest.fixture
 def environment(project: Path, tmp_path: Path) -> Callable:
-    """A function: sources environment.sh, and returns which python it leaves and what was asked of pip, by whom.
+    """A function: sources environment.sh, and returns its status, its python, and the calls of pip and their callers.
 
-    Virtual environments are real, but without pip: in its place is a module that writes down what is asked of it.
+    Virtual environments are real, but without pip: a module in its place writes down how it is called.
     """
     log, tools = tmp_path / "log", tmp_path / "tools"
     (tmp_path / "pip").mkdir()
@@ -371,9 +369,7 @@ def environment(project: Path, tmp_path: Path) -> Callable:
         log.write_text("")
         inherited = {key: value for key, value in os.environ.items() if key != "VIRTUAL_ENV"}
         fixed = {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": str(tmp_path / "pip"), "KILLED": ""}
-        command = (
-            "set -euo pipefail; . scripts/environment.sh requirements.txt; command -v python; echo ${PYTHONSAFEPATH:-}"
-        )
+        command = "set -euo pipefail; . scripts/environment.sh requirements.txt; command -v python"
         result = subprocess.run(
             ["bash", "-c", command], cwd=project, env=inherited | fixed | settings, capture_output=True,
             text=True,
@@ -383,8 +379,8 @@ def environment(project: Path, tmp_path: Path) -> Callable:
     return run
 
 
-def test_an_environment_half_made_is_made_anew(environment: Callable, project: Path) -> None:
-    """Without a mark from an earlier run that was interrupted; then it is taken as it is."""
+def test_a_half_made_environment_is_made_anew(environment: Callable, project: Path) -> None:
+    """An interrupted run leaves no mark; a whole environment is taken as it is."""
     status, _, asked = environment(KILLED="1")
     assert status == 130 and asked == []
     status, python, _ = environment()
@@ -396,7 +392,7 @@ def test_an_environment_half_made_is_made_anew(environment: Callable, project: P
 
 
 def test_pip_is_asked_until_it_has_finished_and_not_again(environment: Callable, project: Path) -> None:
-    """A stamp is left by an installation that was finished, of the file as it was then."""
+    """A finished installation leaves a copy of the requirements."""
     install = f"{project}/.venv install --quiet --disable-pip-version-check -r requirements.txt"
     status, python, asked = environment(PIP_STATUS="130")
     assert (status, python, asked) == (130, "", [install])
@@ -407,14 +403,14 @@ def test_pip_is_asked_until_it_has_finished_and_not_again(environment: Callable,
     assert environment()[::2] == (0, [])
 
 
-def test_the_active_environment_is_installed_into_whatever_python_is_on_the_path(
+def test_the_active_environment_is_used_whatever_python_is_on_the_path(
     environment: Callable, project: Path, tmp_path: Path
 ) -> None:
-    """VIRTUAL_ENV alone says which it is: by its own python; CDPATH and PYTHONSAFEPATH do not disturb."""
+    """VIRTUAL_ENV alone names it; CDPATH does not disturb."""
     (tmp_path / "elsewhere" / "scripts").mkdir(parents=True)
     active = tmp_path / "my own"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", active], check=True)
-    status, python, asked = environment(VIRTUAL_ENV=str(active), CDPATH=f"{tmp_path}/elsewhere", PYTHONSAFEPATH="1")
+    status, python, asked = environment(VIRTUAL_ENV=str(active), CDPATH=f"{tmp_path}/elsewhere")
     assert (status, python) == (0, f"{active}/bin/python")
     assert [line.startswith(f"{active} install ") for line in asked] == [True]
     assert environment(VIRTUAL_ENV=str(active)) == (0, python, [])

@@ -524,7 +524,7 @@ import quantize
 from scripts.convert_hf_checkpoint import convert
 import torch
 torch.zeros(1)
-quantize.ITERATIONS, quantize.CLIP_RATIOS = 0, (1.0,)  # which cost time and no memory
+quantize.ITERATIONS, quantize.CLIP_RATIOS = 0, (1.0,)  # because they cost time and no memory
 before, peak, folder, step = anonymous(), [0], Path(sys.argv[1]), sys.argv[2]
 def watch():
     while True:

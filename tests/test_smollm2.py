@@ -76,7 +76,7 @@ def conversation(checkpoint: Checkpoint) -> Conversation:
     return Conversation(checkpoint.tokenizer, checkpoint.args.max_seq_length)
 
 
-def test_ids_are_those_of_the_library(folder: Path, checkpoint: Checkpoint) -> None:
+def test_ids_equal_the_ids_of_the_library(folder: Path, checkpoint: Checkpoint) -> None:
     """100,000 characters of random Unicode, and more of prose and code."""
     from tokenizers import Tokenizer  # noqa: PLC0415
 
