@@ -59,7 +59,7 @@ def run_op(operation: str, x: Tensor, n_out: int, *others: Tensor | float | None
     pair, words = call(operation, x, rows, x.shape[-1], n_out, *others, y)
     if graph:
         graph.calls += pair
-        graph.keep_alive.append((words, others))
+        graph.keep_alive.append(words)
     return y
 
 
@@ -171,7 +171,7 @@ class CpuGraph(TorchDispatchMode):
         """Run `step` (model, inputs, ...), in which `args` are the others, and note its calls: its result."""
         self.captured_args = args
         self.calls = []
-        self.keep_alive = [inputs]
+        self.keep_alive = [inputs, args[0].rope]  # the model may replace its table by a larger one
         self.buffers = [torch.empty(0)]
         self.replayable = True
         self.capturing.append(self)
