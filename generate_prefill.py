@@ -35,7 +35,8 @@ class PrefixCache:
     branch share the files of their common prefix. Several processes may share the folder.
 
     A file that is damaged, cut short or renamed is not used. Files are readable by their owner only, because they tell
-    the words that were typed. Only files that begin with MAGIC are ever deleted. Errors cost one line on stderr.
+    the words that were typed. Only files that begin with MAGIC, or have the name of a block, are ever
+    deleted. Errors cost one line on stderr.
     """
 
     MAGIC = b"llama prefix 1\n\0"

@@ -70,10 +70,10 @@ class MovingAverage:
         self.value += (value - self.value) / self.weight
 
     def add_seconds(self, seconds: float, now: int) -> None:
-        """Add a duration. Drop the first one, in which the step was captured; cut a pause of the machine to 3 times."""
+        """Add a duration. Drop the first one, in which the step was captured; cut a pause of the machine."""
         if self.count == 1:
             self.weight = 0.0
-        self.add(min(seconds, 3 * self.value) if self.count > 2 else seconds, now)
+        self.add(min(seconds, 1.5 * self.value) if self.count > 2 else seconds, now)
 
 
 class Speculation:

@@ -95,6 +95,9 @@ def byte_level_bpe(tokenizer_json: dict) -> dict:
         raise ValueError("unk_token with a vocabulary that lacks some bytes is not supported")
     pieces = {token: piece for piece, token in model["vocab"].items()}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    for left, right in (merge.split(" ") for merge in merges):
+        if left + right not in model["vocab"]:
+            raise ValueError(f"the merge of {left!r} and {right!r} makes no token of the vocabulary")
     vocab = [pieces.get(token, "") for token in range(max(pieces) + 1)]
     return {
         "vocab": json.dumps(vocab),

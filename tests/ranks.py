@@ -26,7 +26,7 @@ class Always(Speculation):
     """Four guesses in each pass, even if they do not pay."""
 
     def choose(self, max_k: int, sources: list[str]) -> tuple[str, int]:
-        return (sources[-1], min(max_k, 4)) if sources else ("none", 0)
+        return (sources[-1], min(max_k, 4)) if sources and max_k > 0 else ("none", 0)
 
 
 def load(path: Path, is_draft: bool = False, dtype: torch.dtype = torch.float32) -> Engine:

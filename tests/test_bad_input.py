@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import io
 import os
+import pkgutil
 import re
 import shlex
 import shutil
@@ -61,7 +62,13 @@ def call(command: str, case: Case, folder: Path, patch: pytest.MonkeyPatch) -> E
     patch.setattr(sys, "stderr", stderr)
     if case.interrupt:
         name, function = case.interrupt
-        patch.setattr(function, lambda *_: signal.raise_signal(getattr(signal, name)))
+        original = pkgutil.resolve_name(function)
+
+        def interrupted(*_) -> None:
+            patch.setattr(function, original)  # the signal comes once
+            signal.raise_signal(getattr(signal, name))
+
+        patch.setattr(function, interrupted)
     try:
         utils.run(module.main)
     except SystemExit as end:

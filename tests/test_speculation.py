@@ -64,8 +64,8 @@ class Steady(Recorded):
 
     def choose(self, max_k: int, sources: list[str]) -> tuple[str, int]:
         turn = next(self.turns)
-        self.chosen = sources[turn % len(sources)] if sources else "none"
-        return self.chosen, min(max_k, self.k + turn % 3) if sources else 0
+        self.chosen = sources[turn % len(sources)] if sources and max_k > 0 else "none"
+        return self.chosen, 0 if self.chosen == "none" else min(max_k, self.k + turn % 3)
 
 
 def covering_set() -> list[dict]:
@@ -192,12 +192,15 @@ def test_a_draft_of_a_shorter_context_falls_silent(target: Transformer, models: 
 
 
 def test_prompt_lookup_goes_on_after_a_draft_has_fallen_silent(target: Transformer, models) -> None:
-    draft = new_engine(random_model(replace(models["draft"].args, max_seq_length=64)))
-    engine, speculation = new_engine(target), Recorded(draft, 5, PromptLookup())
-    expected = generated(new_engine(target), PROMPT * 9, 60, make_params())
-    assert generated(engine, PROMPT * 9, 60, make_params(), speculation=speculation) == expected
-    silent, *others = [source for source, _, _ in speculation.recorded if source != "none"]
-    assert silent == "draft" and others and "draft" not in others
+    """The context of the draft ends ten tokens after the prompt."""
+    prompt = PROMPT * 9
+    draft = new_engine(random_model(replace(models["draft"].args, max_seq_length=len(prompt) + 10)))
+    speculation = Recorded(draft, 5, PromptLookup())
+    expected = generated(new_engine(target), prompt, 60, make_params())
+    assert generated(new_engine(target), prompt, 60, make_params(), speculation=speculation) == expected
+    sources = ["draft" if source == "draft" else source[:6] for source, _, _ in speculation.recorded]
+    last = max(i for i, source in enumerate(sources) if source == "draft")
+    assert last < 12 and "lookup" in sources[last:]
 
 
 def test_a_draft_whose_context_is_full_costs_nothing(models: dict[str, Transformer]) -> None:
@@ -398,11 +401,10 @@ def test_catching_up_is_not_the_cost_of_a_guess(target: Transformer, monkeypatch
             return super().forward(*args)
 
     class Draft(Engine):
-        def draft(self, ids: list[int], *others) -> list[int]:
+        def prefill(self, prompt: list[int], *others) -> list[int]:
             nonlocal seconds
-            self.match_prefix(ids)
-            seconds += 5.0 if len(ids) - len(self.cached_ids) > 8 else 0.0
-            return super().draft(ids, *others)
+            seconds += 5.0 if len(prompt) - len(self.cached_ids) > 8 else 0.0
+            return super().prefill(prompt, *others)
 
     monkeypatch.setattr("speculation.time.perf_counter", lambda: seconds)
     speculation = Speculation(Draft(target, 1024), 1)
