@@ -195,7 +195,7 @@ def test_prompt_lookup_goes_on_after_a_draft_has_fallen_silent(target: Transform
     """The context of the draft ends ten tokens after the prompt."""
     prompt = PROMPT * 9
     draft = new_engine(random_model(replace(models["draft"].args, max_seq_length=len(prompt) + 10)))
-    speculation = Recorded(draft, 5, PromptLookup())
+    speculation = Steady(draft, 1, PromptLookup())
     expected = generated(new_engine(target), prompt, 60, make_params())
     assert generated(new_engine(target), prompt, 60, make_params(), speculation=speculation) == expected
     sources = ["draft" if source == "draft" else source[:6] for source, _, _ in speculation.recorded]
