@@ -468,3 +468,28 @@ def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path, portable: list
     }
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout.endswith("clean\n"), done.stderr[:2000]
+
+
+OTHER_COMPILERS = {  # a command line, and the emulator that runs its program
+    "Clang": (["clang++", "-march=native"], []),
+    "Arm": (["aarch64-linux-gnu-g++", "-static"], ["qemu-aarch64"]),
+    "AVX2": (["g++", "-march=haswell"], []),
+    "SSE2": (["g++", "-march=x86-64"], []),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHER_COMPILERS)
+def test_other_compilers_and_cpus_compute_the_same(tmp_path: Path, name: str) -> None:
+    """Products and attention are right, and their rows independent, in a program of their own."""
+    command, emulator = OTHER_COMPILERS[name]
+    for program in [command[0], *emulator]:
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+    if name == "AVX2" and "avx2" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this CPU has no AVX2")
+    source, program = ROOT / "tests" / "check_kernels.cpp", tmp_path / "check"
+    flags = ["-std=c++20", "-O2", "-fopenmp", "-pthread", "-w"]
+    subprocess.run([*command, *flags, source, "-o", program], check=True, capture_output=True)
+    done = subprocess.run([*emulator, program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "all as they should be\n")
