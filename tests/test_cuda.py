@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import utils
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Eager, generated, make_params, new_engine, random_model, run_cli
@@ -41,6 +42,17 @@ from kernels import cuda  # noqa: E402
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def independent_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiply without BLAS in the interpreter, because its order of additions may depend on a row's place in a tile."""
+
+    def matmul(a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        return np.einsum("...ij,...jk->...ik", a, b, dtype=dtype)
+
+    if INTERPRETED:
+        monkeypatch.setattr(np, "matmul", matmul)
 
 
 @pytest.fixture(autouse=True, scope="module")
