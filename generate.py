@@ -6,6 +6,7 @@ Engine and generate() work on token ids; Session and main() add text, flags and 
 """
 
 import argparse
+import math
 import os
 import resource
 import sys
@@ -27,12 +28,12 @@ from sampling import SamplingParams, sample
 from speculation import PromptLookup, Speculation
 from tokenizer import TextStreamer
 
-# The folder decides and not an ImportError, which would hide a broken one; a package index has a package of that name.
+# Look for the folder: `except ImportError` would hide an error in it, and PyPI has an unrelated package `kernels`.
 HAS_KERNELS = Path(__file__).with_name("kernels").is_dir()
 if HAS_KERNELS:
     from kernels import CapturedStep, decode_ahead
 
-MAX_DECODE_ROWS = 16  # tokens that a decoding step takes: one, and up to 15 guesses
+MAX_DECODE_ROWS = 16  # tokens of a decoding step: the last one, and up to 15 guesses (draft tokens)
 PREFILL_CHUNK = {"cpu": 512, "cuda": 2048}  # tokens of a prompt that run in one pass; bounds the memory
 
 
@@ -77,7 +78,7 @@ class Engine:
     def start_pass(self, inputs: Tensor, params: SamplingParams) -> Tensor:
         """Start a pass over `inputs` [2, S], ids and positions, without waiting for the device: the sampled ids.
 
-        Those of a short pass, [S], are overwritten by the next one; of a long pass only the last, [1], is sampled.
+        Up to MAX_DECODE_ROWS tokens give [S], overwritten by the next pass; more of them only the last sample, [1].
         """
         is_long = inputs.shape[1] > MAX_DECODE_ROWS
         if is_long or not HAS_KERNELS:  # a captured step copies its inputs itself
@@ -141,12 +142,12 @@ class Engine:
 
     def compile(self, decode: bool, prefill: bool, params: SamplingParams) -> None:
         """Compile the steps of decoding, of prefill, or both. The cache has to be empty."""
-        torch._dynamo.config.specialize_float = True  # otherwise a draft with another norm_eps does not compile
+        torch._dynamo.config.specialize_float = True  # norm_eps is a constant; a dynamic float would not compile
         # A whole graph would contradict TORCH_COMPILE_DISABLE.
         compiled = torch.compile(step, fullgraph=not torch._dynamo.config.disable)
 
         def compiled_step(model: Transformer, inputs: Tensor, *others: object) -> Tensor:
-            """One row runs as two, because code for one row could round differently from code that verifies guesses."""
+            """One row runs as two: dynamo specializes on size 1, and that code may round differently from others."""
             rows = inputs.shape[1]
             # Always a new tensor, because to the compiler an inference tensor and another one are different.
             inputs = inputs.repeat(1, 2)[:, : max(rows, 2)].contiguous()
@@ -165,7 +166,7 @@ class Engine:
 def generate(engine: Engine, prompt: list[int], max_new_tokens: int, eos_ids, params: SamplingParams, speculation=None):
     """Yield the tokens that follow `prompt`, up to one of `eos_ids` (which is not yielded).
 
-    Stops after max_new_tokens or when the context is full, with the token after its last position. At the end, keys and
+    Stops after max_new_tokens or when the KV cache is full (the last token needs no position). At the end, keys and
     values are saved to the prefix cache if the engines have one.
     """
     ids = list(prompt)
@@ -210,8 +211,6 @@ class Session:
         self.engine = self.load(args.checkpoint_path)
         self.tokenizer = self.engine.checkpoint.tokenizer
         draft = self.load(args.draft_checkpoint_path, is_draft=True) if args.draft_checkpoint_path else None
-        if draft and draft.checkpoint.tokenizer.bpe.vocab != self.tokenizer.bpe.vocab:
-            raise ValueError(f"{args.draft_checkpoint_path} has another vocabulary: choose a draft of the family")
         lookup = PromptLookup() if args.prompt_lookup else None
         self.speculation = Speculation(draft, args.speculate_k, lookup) if draft or lookup else None
         limits = {"top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p}
@@ -224,8 +223,11 @@ class Session:
             self.compile([self.engine, draft] if draft else [self.engine])
 
     def load(self, path: Path, is_draft: bool = False) -> Engine:
-        """An engine for the checkpoint at `path`."""
+        """An engine for the checkpoint at `path`. ValueError for a draft that lacks some of the model's tokens."""
         checkpoint = read_checkpoint(path)
+        vocab, size = checkpoint.tokenizer.bpe.vocab, checkpoint.args.vocab_size
+        if is_draft and (vocab != self.tokenizer.bpe.vocab or size < self.tokenizer.vocab_size):
+            raise ValueError(f"{path} has another vocabulary: choose a draft of the family")
         model = tp.load_sharded(checkpoint, self.args.device, getattr(torch, self.args.precision), is_draft)
         return Engine(model, checkpoint.args.max_seq_length, checkpoint, self.prefix_cache)
 
@@ -287,7 +289,7 @@ class Session:
         """The figures of an answer, one `Name: figures` line each. `times` are seconds to each of its tokens."""
         cached = self.engine.num_cached
         decoded = max(new_tokens - 1, 0)  # prefill samples the first token
-        seconds = max(times[-1] - times[0], 1e-9)
+        seconds = times[-1] - times[0] or math.inf  # no rates of a single token
         passes = self.speculation.num_passes if self.speculation else decoded
         state_dict = self.engine.model.state_dict()
         size = sum(weight.nbytes for name, weight in state_dict.items() if name != "tok_embeddings.weight")
@@ -338,7 +340,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="torch.compile decoding on CUDA, in 16 and 8 bits; starts more slowly")
     add("--compile_prefill", action="store_true", help="torch.compile the pass over the prompt as well")
     add("--device", choices=DEVICES, default=DEVICES[0], help="cuda, if there is one")
-    add("--precision", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of activations and floats")
+    add(
+        "--precision",
+        choices=["bfloat16", "float16", "float32"],
+        default="bfloat16",
+        help="of everything that is not quantized",
+    )
     add("--ignore_eos", action="store_true", help="do not stop at the end-of-sequence token (for benchmarks)")
     return parser
 

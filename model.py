@@ -1,7 +1,7 @@
 """The Llama architecture in plain PyTorch: weights, and the arithmetic of a forward pass.
 
-The operations that decide the speed are operators of torch.library (torch.ops.llama). Their implementations here run on
-every device; kernels/ registers faster ones, if it is there. The KV cache belongs to the caller.
+The hot operations are custom operators of torch.library (torch.ops.llama). Their implementations here run on every
+device; kernels/ registers faster ones, if it is there. The KV cache belongs to the caller.
 """
 
 import math
@@ -87,6 +87,10 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | No
     return F.linear(x, dequantize(weight, scale, minimum, x.dtype))
 
 
+def linear_meta(x: Tensor, weight: Tensor, *others: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     """Rotate channel i of `x` [B, heads, S, head_dim] with i + head_dim / 2, by `rope` [S, head_dim], in float32."""
     cos, sin = rope.chunk(2, dim=-1)
@@ -143,11 +147,7 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 library = torch.library.Library("llama", "DEF")
-define(
-    "linear(Tensor x, Tensor weight, Tensor? scale, Tensor? minimum)",
-    linear,
-    lambda x, weight, scale, minimum: x.new_empty(*x.shape[:-1], len(weight)),
-)
+define("linear(Tensor x, Tensor weight, Tensor? scale, Tensor? minimum)", linear, linear_meta)
 # The write to the cache is not declared, because torch 2.13 refuses alias annotations inside nested_compile_region. It
 # is safe: in a compiled step nothing but this operator touches a cache, once a layer, and its result is always used.
 define("attention(Tensor qkv, Tensor rope, Tensor input_pos, Tensor cache)", attention, attention_meta)
@@ -244,7 +244,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(args) for _ in range(args.n_layer))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = Linear(args.dim, args.vocab_size)
-        self.rope: Tensor | None = None  # no buffer, because it stays in float32; made with the cache
+        self.rope: Tensor | None = None  # no buffer, so that .to(dtype) leaves it in float32; see make_cache
 
     def make_cache(self, max_seq_length: int, batch: int = 1) -> Tensor:
         """An empty KV cache [n_layer, 2, batch, n_kv_head, max_seq_length, head_dim], and the RoPE table.

@@ -30,11 +30,11 @@ from checkpoint import (
 )
 from model import Linear, rope_table
 
-ROWS = {"cpu": 2**21, "cuda": 2**26}  # weights that are rounded at a time: long columns, so that Python costs little
-FIT_ROWS = {"cpu": 2**20, "cuda": 2**26}  # weights that are fitted at a time: they stay in the cache, or fill a GPU
+ROUND_SIZE = {"cpu": 2**21, "cuda": 2**26}  # weights rounded at a time: long columns, so that Python costs little
+FIT_SIZE = {"cpu": 2**20, "cuda": 2**26}  # weights fitted at a time: they stay in the cache, or fill a GPU
 ITERATIONS = 5  # least squares are repeated
 CLIP_RATIOS = (1.0, 0.9, 0.8, 0.7)  # parts of a group's range, from which least squares starts
-CALIBRATION_TOKENS = 2048  # half of them give 5 % more divergence, twice as many the same
+CALIBRATION_TOKENS = 2048  # half as many give 5 % more KL divergence, twice as many no less
 CHUNK_TOKENS = 128  # tokens in a pass; bounds the memory
 TEXT = Path(__file__).with_name("README.md")
 NORMS = {"attention.wqkv": "attention_norm", "feed_forward.w13": "ffn_norm"}  # layer of a block: the norm before it
@@ -54,7 +54,7 @@ class InputStats:
 
 
 def analyze(hessian: Tensor, count: int, norm: Tensor | None) -> InputStats:
-    """Statistics from the sum of x x^T [in, in] over `count` tokens, whose memory is used.
+    """Statistics from the sum of x x^T [in, in] over `count` tokens, which is overwritten.
 
     `norm` is the weight [in] of the norm before the layer, if there is one. Large channels are made smaller, and their
     columns larger, https://arxiv.org/abs/2306.00978. This is exact, because the scale is computed from the rounded
@@ -121,7 +121,7 @@ def quantize_int4(weight: Tensor, groupsize: int, stats: InputStats | None = Non
     """int4 for a float `weight` [out, in]: 16 levels per group, from `minimum` on in steps of `scale` (bfloat16)."""
     weight = weight.float()
     importance = weight.new_ones(weight.shape[1]) if stats is None else stats.importance
-    rows = max(1, FIT_ROWS[weight.device.type] // weight.shape[1])
+    rows = max(1, FIT_SIZE[weight.device.type] // weight.shape[1])
     scale, minimum = torch.cat([fit_scales(part, groupsize, importance) for part in weight.split(rows)], dim=1)
     levels = gptq_round(weight, scale.float(), minimum.float(), (0, 15), stats).to(torch.uint8)
     return {"weight": levels[:, ::2] | levels[:, 1::2] << 4, "scale": scale, "minimum": minimum}
@@ -221,7 +221,7 @@ def calibrate(checkpoint: Checkpoint, text: str, device: str) -> Iterator[tuple[
 def row_slices(checkpoint: Checkpoint, name: str, device: str) -> Iterator[tuple[slice, Tensor]]:
     """A tensor of the checkpoint on `device`, a few rows at a time. ValueError if it holds NaN or infinity."""
     tensor = checkpoint.state_dict[name]
-    count = max(1, ROWS[device] // tensor[0].numel())
+    count = max(1, ROUND_SIZE[device] // tensor[0].numel())
     for start in range(0, len(tensor), count):
         rows = slice(start, start + count)
         part = tensor[rows].to(device)

@@ -26,8 +26,8 @@ class PromptLookup:
 
     def __init__(self) -> None:
         self.ids: list[int] = []  # the text, which grows in place
-        self.ngrams: dict[tuple[int, ...], int] = {}  # the position after the last occurrence but the final one
-        self.indexed = 0  # tokens of the text that are in it
+        self.ngrams: dict[tuple[int, ...], int] = {}  # position after its latest occurrence before the end
+        self.indexed = 0  # tokens of `ids` whose n-grams are in `ngrams`
 
     def find(self, ids: list[int]) -> tuple[int, int]:
         """Length of the longest final n-gram that occurred before, and the position after it; (0, 0) if none did."""
@@ -70,7 +70,7 @@ class MovingAverage:
         self.value += (value - self.value) / self.weight
 
     def add_seconds(self, seconds: float, now: int) -> None:
-        """Add a duration. Drop the first one, in which the step was captured; cut a pause of the machine."""
+        """Add a duration. Drop the first one, in which the step was captured; clip an outlier."""
         if self.count == 1:
             self.weight = 0.0
         self.add(min(seconds, 1.5 * self.value) if self.count > 2 else seconds, now)
@@ -86,9 +86,8 @@ class Speculation:
         self.draft = draft  # a generate.Engine, or None
         self.lookup = lookup
         self.speculate_k = speculate_k  # most guesses in a pass
-        self.acceptance = defaultdict(
-            MovingAverage
-        )  # source: probability that a guess is accepted, if the guesses before it were
+        # By source: the probability that a guess is accepted, if the guesses before it were.
+        self.acceptance = defaultdict(MovingAverage)
         self.pass_seconds = [MovingAverage() for _ in range(speculate_k + 1)]  # index: number of guesses
         self.draft_seconds = MovingAverage()  # time of one guess of the draft
         self.last_used: dict[str, int] = defaultdict(int)  # source: number of the pass
@@ -108,7 +107,7 @@ class Speculation:
 
         If guesses are accepted with probability a, a pass with k of them gives 1 + a + ... + a^k tokens,
         https://arxiv.org/abs/2211.17192, equation 1. A pass takes as long as measured. A number between measured ones
-        takes as long as the next larger; up to twice the largest, in hope, as long as the largest.
+        is taken to cost as much as the next larger; one up to twice the largest, optimistically, as the largest.
         """
         measured = self.measured()
         acceptance = self.acceptance[source].value
@@ -151,7 +150,7 @@ class Speculation:
     def refine(self, k: int, max_k: int) -> int:
         """`k`, the best number of guesses, or one that was not measured, halfway to the next that was.
 
-        Costs are stairs: 7 guesses may take as long as 4, and 8 twice as long.
+        Cost is a step function of k: 7 guesses may take as long as 4, and 8 twice as long.
         """
         measured = self.measured()
         larger = min((n for n in measured if n > k), default=k)

@@ -70,7 +70,7 @@ class ByteLevelBPE:
         """
         if self.ignore_merges and word in self.ids:
             return [self.ids[word]]
-        parts = [character for character in word if character in self.ids]  # the library leaves out the others, too
+        parts = [character for character in word if character in self.ids]  # HF tokenizers drops the others, too
         following = list(range(1, len(parts) + 1))
         preceding = list(range(-1, len(parts)))
         heap = []
@@ -152,8 +152,8 @@ class Tokenizer:
         self.special_pattern = re.compile(any_of(filter(self.is_special, self.added_tokens)))
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.add_extension("jinja2.ext.loopcontrols")
-        environment.globals |= {"raise_exception": raise_exception}
-        environment.globals |= {"bos_token": self.bos_token, "eos_token": self.eos_token}
+        names = {"bos_token": self.bos_token, "eos_token": self.eos_token}
+        environment.globals |= names | {"raise_exception": raise_exception}
         environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         self.compiled_template = environment.from_string(self.chat_template or "")
 

@@ -116,7 +116,7 @@ def all_reduce(module: torch.nn.Module, inputs: tuple, output: Tensor) -> Tensor
     """A forward hook: the sum of the ranks' outputs [B, S, dim], in float32 and in the order of the ranks.
 
     The order of additions in dist.all_reduce depends on the size of its input, so a row of many would not be that row
-    alone, bit for bit, and speculation could change the text. For few rows on gloo it also takes twice as long.
+    alone, bit for bit, and speculation could change the text. On gloo it also takes twice as long for few rows.
     """
     outputs = all_gather_tensor(output, 0, dist.group.WORLD).float()
     return sum(outputs.chunk(WORLD_SIZE)).to(output.dtype)

@@ -4,7 +4,6 @@ It knows nothing of models. Scripts import it before torch: it silences a warnin
 """
 
 import argparse
-import errno
 import math
 import os
 import signal
@@ -136,8 +135,6 @@ def atomic_write(path: Path, mode: int = 0o666) -> Iterator[Path]:
     A symbolic link stays a link: its target is replaced. OSError if the file cannot be created.
     """
     path = Path(os.path.realpath(path))
-    if path.is_symlink():  # a ring of links
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     # A random name, because containers that share a disk may share process ids.
     temporary = path.with_name(f".{path.name}.{int.from_bytes(os.urandom(6), 'big')}.tmp")
     try:

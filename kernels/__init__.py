@@ -65,7 +65,7 @@ def attention(qkv: Tensor, rope: Tensor, input_pos: Tensor, cache: Tensor) -> Te
 
 
 def prompt_attention(qkv: Tensor, rope: Tensor, input_pos: Tensor, cache: Tensor) -> Tensor:
-    """The same for many rows: the mask is described to the library's kernel, so it takes no memory."""
+    """The same for many rows: SDPA takes a causal bias object, so that no mask is in memory."""
     from torch.nn.attention.bias import causal_lower_right  # noqa: PLC0415  it imports the compiler
 
     q = model.update_cache(qkv, rope, input_pos, cache)

@@ -1,4 +1,4 @@
-// Attention of the new rows to the KV cache, which reads each key and value once for all query heads of its KV head.
+// Flash decoding: attention of the new rows to the KV cache. A key or value is read once for all heads that share it.
 //
 // A task is a KV head and a chunk of positions. LANES keys are converted to float32 once and multiplied with every query;
 // the softmax of a chunk is relative to its own maximum, and the last phase joins the chunks of a row in their order. So

@@ -19,7 +19,7 @@ import sampling
 from kernels.build import load_library
 
 aten = torch.ops.aten
-MAX_ROWS = 16  # for more rows, a library product is faster
+MAX_ROWS = 16  # for more rows, F.linear (oneDNN, MKL) is faster
 MAX_HEAD_DIM = 1024  # cpu.cpp has buffers for no more
 BITS = {torch.bfloat16: 16, torch.int8: 8, torch.uint8: 4}
 GROUPSIZES = (0, 32, 64, 128, 256)  # 0: no groups
@@ -51,7 +51,7 @@ def call(operation: str, *arguments: Tensor | float | None) -> tuple:
 
 
 def run_op(operation: str, x: Tensor, n_out: int, *others: Tensor | float | None, dtype=torch.bfloat16) -> Tensor:
-    """Run an operation on rows x [..., n_in]: [..., n_out]. `others` are its arguments between n_out and the result."""
+    """Run an operation on rows x [..., n_in]: y [..., n_out]. `others` are its arguments between n_out and y."""
     shape = (*x.shape[:-1], n_out)
     graph = CpuGraph.capturing[0] if CpuGraph.capturing else None
     y = graph.buffer(shape, dtype) if graph else torch.empty(shape, dtype=dtype)
@@ -76,7 +76,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | No
     groupsize = 0 if minimum is None else n_in // minimum.shape[1]
     if not kernel_fits(x, weight, groupsize):
         return model.linear(x, weight, scale, minimum)
-    # The library reads a float weight faster from here on; a quantized one would have to be dequantized first.
+    # With more rows F.linear is faster for float weights; quantized ones would have to be dequantized for it.
     max_rows = MAX_ROWS if scale is None else 4 * MAX_ROWS
     if x.dtype == torch.bfloat16 and x.numel() <= max_rows * n_in:
         return run_op("linear", x, n_out, weight, scale, minimum, BITS[weight.dtype], groupsize)
@@ -86,7 +86,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | No
 
 
 def linear_in_parts(x: Tensor, weight: Tensor, scale: Tensor, minimum: Tensor | None, groupsize: int) -> Tensor:
-    """A library product for each part of a weight, dequantized into a buffer that stays in the cache."""
+    """F.linear with each part of a weight, dequantized into a buffer that stays in the CPU's cache."""
     n_in, n_out = x.shape[-1], len(weight)
     y = x.new_empty(*x.shape[:-1], n_out)
     count = max(1, len(DEQUANT_BUFFER) // n_in)  # output channels
@@ -174,12 +174,12 @@ class CpuGraph(TorchDispatchMode):
         self.keep_alive = [inputs, args[0].rope]  # the model may replace its table by a larger one
         self.buffers = [torch.empty(0)]
         self.replayable = True
-        self.capturing.append(self)
         try:
+            self.capturing.append(self)
             with self:
                 self.samples = step(args[0], inputs, *args[1:])
         finally:
-            self.capturing.pop()
+            self.capturing.clear()
         self.calls = (ctypes.c_void_p * len(self.calls))(*self.calls)
         return self.samples
 

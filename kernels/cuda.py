@@ -20,9 +20,9 @@ import sampling
 TILE = constexpr(8)  # rows of a product on tensor cores: the fewest that they take
 WORDS = constexpr(128)  # words of 8 weights in 4 bits that are multiplied at once
 SIXTEEN = 0x41800000  # the bits of 16.0 in float32
-HEADS = constexpr(16)  # rows of attention on tensor cores: the fewest that they take
+HEADS = constexpr(16)  # (row, query head) pairs of a tl.dot in attention: the fewest that it takes
 BLOCK = constexpr(64)  # positions that are attended to at once
-SPLITS = constexpr(128)  # programs that share the blocks of a long sequence
+SPLITS = constexpr(128)  # programs that share the blocks of a long sequence, as in flash decoding
 # Triton's interpreter, by which a CPU tests these kernels, does not multiply bfloat16.
 TYPE = constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
 
@@ -160,7 +160,7 @@ def dequantize(weight: Tensor, scale: Tensor, minimum: Tensor | None) -> Tensor:
 
 @triton.jit
 def _rms_norm(x, weight, y, eps, D: constexpr, WIDE: constexpr):
-    """One row, in float32."""
+    """One row of D channels, padded to the power of two WIDE, in float32."""
     d = tl.arange(0, WIDE)
     mask = d < D
     offsets = tl.program_id(0) * D + d
@@ -226,7 +226,7 @@ def _update_cache(new, v_offset, rope, keys, values, start, end, D: constexpr, W
 
 @triton.jit
 def _online_softmax(q, position, keys, values, end, D: constexpr, WIDE: constexpr):
-    """Attention of q [HEADS, WIDE] to every SPLITS-th block: the mean of their values, the log of the sum of weights.
+    """Attention of q [HEADS, WIDE] to every SPLITS-th block: the weighted mean of the values, and the log-sum-exp.
 
     https://arxiv.org/abs/2205.14135
     """

@@ -26,7 +26,7 @@ from checkpoint import empty_model, new_checkpoint
 from model import ModelArgs
 from scripts.convert_tokenizer import read_json, read_tokenizer, require
 
-FORMATS = {"model.safetensors": "model[.-]*safetensors", "pytorch_model.bin": "pytorch_model[.-]*bin"}  # whole: shards
+FORMATS = {"model.safetensors": "model[.-]*safetensors", "pytorch_model.bin": "pytorch_model[.-]*bin"}  # file: shards
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SUPPORTED = {  # values that config.json may have
     "model_type": ["llama", "mistral"],

@@ -59,7 +59,7 @@ def replace_class(match: re.Match) -> str:
 
 def translate(pattern: str) -> str:
     """A pattern of tokenizer.json in the syntax of Python's re. ValueError if it has no translation."""
-    if unknown := re.search(r"\\(?![psSrntd])\w|\[(\\.|[^]\\])*\[|&&", pattern):
+    if unknown := re.search(r"\\(?![psSrntd])\w|\[(\\.|[^]\\])*(\[|\\S)|&&", pattern):
         raise ValueError(f"{unknown[0]} in the pre-tokenizer's {pattern!r} is not supported")
     translated = re.sub(rf"\[(?:\\.|[^]])*\]|{CLASS.pattern}", replace_class, pattern.replace(r"\S", r"[^\s]"))
     if re.compile(translated).groups:

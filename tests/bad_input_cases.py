@@ -583,11 +583,16 @@ TOKENIZER = {  # the lines of the converter about the tokenizer's files
             ("[a-z&&b]", "&&"),
             (r"\bx", r"\b"),
             ("[a[b]]", "[a["),
+            (r"[^\S\r\n]+", r"[^\S"),
         )
     },
     "a split with a group": ("the group in the pre-tokenizer's ... is not supported", byte_level(split="(a)|b")),
     "a split by a script": (f"tokenizer.json: error: bad escape \\p ... {PIECES}", byte_level(split=r"\p{Han}+")),
     "vocabulary a list": (f"tokenizer.json: AttributeError: 'list' ... {PIECES}", byte_level(model={"vocab": [1]})),
+    "a merge that makes no token": (
+        "the merge of 'b' and 'a' makes no token of the vocabulary",
+        byte_level(model={"vocab": {"a": 0, "b": 1}, "merges": ["b a"], "unk_token": None}),
+    ),
     "no merges": (f"tokenizer.json: KeyError: 'merges'; {PIECES}", byte_level(without="merges")),
     "more tokens than the model": ("400 tokens, but config.json has a vocab_size of 300", byte_level(size=400)),
 }

@@ -46,7 +46,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.fixture(autouse=True)
 def independent_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Multiply without BLAS in the interpreter, because its order of additions may depend on a row's place in a tile."""
+    """Multiply without BLAS in the interpreter: its order of additions may depend on a row's place in a tile."""
 
     def matmul(a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarray:
         return np.einsum("...ij,...jk->...ik", a, b, dtype=dtype)

@@ -465,3 +465,20 @@ def test_a_draft_may_have_padded_embeddings(demo, tmp_path: Path) -> None:
     flags = ["--checkpoint_path", demo["target"], "--precision", "float32", "--max_new_tokens", 40, "--ignore_eos"]
     plain = run_cli("generate.py", *flags)
     assert run_cli("generate.py", *flags, "--draft_checkpoint_path", tmp_path / "padded.pth").stdout == plain.stdout
+
+
+@pytest.mark.slow
+def test_a_draft_that_lacks_tokens_of_the_model_is_refused(demo, tmp_path: Path) -> None:
+    """Its embeddings have no row for an added token."""
+    content = torch.load(demo["target"], weights_only=True)
+    content["tokenizer"]["added_tokens"]["<|extra|>"] = 2060
+    table = content["model"]["tok_embeddings.weight"]
+    padded = torch.cat([table, table[:16]])
+    content["model"] |= {"tok_embeddings.weight": padded, "output.weight": padded}
+    content["config"] |= {"vocab_size": len(padded)}
+    torch.save(content, tmp_path / "more.pth")
+    flags = ["generate.py", "--checkpoint_path", tmp_path / "more.pth", "--max_new_tokens", 5]
+    done = run_cli(*flags, "--draft_checkpoint_path", demo["draft"], check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "another vocabulary" in done.stderr
