@@ -340,12 +340,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="torch.compile decoding on CUDA, in 16 and 8 bits; starts more slowly")
     add("--compile_prefill", action="store_true", help="torch.compile the pass over the prompt as well")
     add("--device", choices=DEVICES, default=DEVICES[0], help="cuda, if there is one")
-    add(
-        "--precision",
-        choices=["bfloat16", "float16", "float32"],
-        default="bfloat16",
-        help="of everything that is not quantized",
-    )
+    add("--precision", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of unquantized tensors")
     add("--ignore_eos", action="store_true", help="do not stop at the end-of-sequence token (for benchmarks)")
     return parser
 

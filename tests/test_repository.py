@@ -40,7 +40,7 @@ BEGINNINGS = {
     "it",
 }
 # Counts that were reached. The promise is 999 lines that generate text; each of them may only fall.
-MOST = {"generate": 1127, "generate_prefill": 103, "quantize": 215, "scripts": 319, "kernels": 606, "cpp": 751}
+MOST = {"generate": 1122, "generate_prefill": 103, "quantize": 215, "scripts": 319, "kernels": 606, "cpp": 751}
 MAY_IMPORT = {  # a module that is not named here imports nothing of ours
     "generate_prefill": {"generate", "tp", "utils"},
     "generate": {*("chat", "checkpoint", "kernels", "model", "sampling", "speculation", "tokenizer", "tp", "utils")},
