@@ -194,6 +194,7 @@ def small_session(request: pytest.FixtureRequest, chat: dict[str, Path], random_
     return session_of(convert(folder, "float32"), *flags)
 
 
+@pytest.mark.slow
 def test_nothing_before_the_first_new_id_runs_again(small_session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     """50 random dialogues. The ids of the last answer may be others than its text has, and run again from there."""
     draw, kept = random.Random(0), 0
