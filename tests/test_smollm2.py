@@ -128,14 +128,20 @@ def test_prefixes_keep_the_text(checkpoint: Checkpoint, model: Transformer, tmp_
 @pytest.mark.parametrize(
     "scheme", [{"mode": "int8"}, {"mode": "int4", "groupsize": 32}, {"mode": "int4", "groupsize": 64}]
 )
-def test_quantized_it_answers_sensibly(checkpoint: Checkpoint, scheme: dict, tmp_path: Path) -> None:
-    """In float32, so that no near-tie decides: Paris is the capital of France. The calibration text is a long one."""
+def test_quantized_it_answers_sensibly(
+    checkpoint: Checkpoint, model: Transformer, scheme: dict, tmp_path: Path
+) -> None:
+    """Paris is the capital of France, after the words with which the original starts its answer.
+
+    The first word of an answer may be a near-tie, which another CPU's rounding decides. The calibration text is long.
+    """
     text = "\n".join(topics.values())[:10_000]
     quantize(checkpoint, scheme, "cpu", tmp_path / "quantized.pth", text)
     small = load_model(read_checkpoint(tmp_path / "quantized.pth"), "cpu", torch.float32)
-    prompt = conversation(checkpoint).prompt(QUESTIONS[0])
-    answer = generated(new_engine(small), prompt, COUNT, make_params(), checkpoint.tokenizer.eos_ids)
-    assert "Paris" in checkpoint.tokenizer.decode(answer, sys.maxsize)
+    prompt, tokenizer = conversation(checkpoint).prompt(QUESTIONS[0]), checkpoint.tokenizer
+    ids = generated(new_engine(model), prompt, COUNT, make_params(), tokenizer.eos_ids)
+    paris = next(i for i, token in enumerate(ids) if tokenizer.token_bytes(token).strip() == b"Paris")
+    assert generated(new_engine(small), prompt + ids[:paris], 1, make_params()) == [ids[paris]]
 
 
 @pytest.fixture(scope="module")
