@@ -82,9 +82,15 @@ def dequantize(weight: Tensor, scale: Tensor | None, minimum: Tensor | None, dty
     return values.flatten(1).to(dtype)
 
 
-def linear(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None) -> Tensor:
-    """torch.ops.llama.linear: `x` [..., in] times the transpose of a weight as `dequantize` has it: [..., out]."""
-    return F.linear(x, dequantize(weight, scale, minimum, x.dtype))
+def linear(
+    x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None, residual: Tensor | None = None
+) -> Tensor:
+    """torch.ops.llama.linear: `x` [..., in] times the transpose of a weight as `dequantize` has it: [..., out].
+
+    `residual` [..., out] is added to the rounded product.
+    """
+    y = F.linear(x, dequantize(weight, scale, minimum, x.dtype))
+    return y if residual is None else residual + y
 
 
 def linear_meta(x: Tensor, weight: Tensor, *others: Tensor | None) -> Tensor:
@@ -147,7 +153,7 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 library = torch.library.Library("llama", "DEF")
-define("linear(Tensor x, Tensor weight, Tensor? scale, Tensor? minimum)", linear, linear_meta)
+define("linear(Tensor x, Tensor weight, Tensor? scale, Tensor? minimum, Tensor? residual=None)", linear, linear_meta)
 # The write to the cache is not declared, because torch 2.13 refuses alias annotations inside nested_compile_region. It
 # is safe: in a compiled step nothing but this operator touches a cache, once a layer, and its result is always used.
 define("attention(Tensor qkv, Tensor rope, Tensor input_pos, Tensor cache)", attention, attention_meta)
@@ -179,9 +185,9 @@ class Linear(nn.Module):
             self.scale = torch.empty(self.n_out, self.n_in // groupsize, dtype=torch.bfloat16)
             self.minimum = torch.empty_like(self.scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` [..., n_in] to [..., n_out]."""
-        return torch.ops.llama.linear(x.contiguous(), self.weight, self.scale, self.minimum)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """`x` [..., n_in] to [..., n_out], plus `residual` [..., n_out]."""
+        return torch.ops.llama.linear(x.contiguous(), self.weight, self.scale, self.minimum, residual)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -198,9 +204,10 @@ class Attention(nn.Module):
         self.wqkv = Linear(args.dim, (args.n_head + 2 * args.n_kv_head) * args.head_dim)
         self.wo = Linear(args.n_head * args.head_dim, args.dim)
 
-    def forward(self, x: Tensor, rope: Tensor, input_pos: Tensor, cache: Tensor) -> Tensor:
-        """`x` [B, S, dim] to the same shape; the rest as `attention` has it."""
-        return self.wo(torch.ops.llama.attention(self.wqkv(x), rope, input_pos.contiguous(), cache))
+    def forward(self, x: Tensor, residual: Tensor, rope: Tensor, input_pos: Tensor, cache: Tensor) -> Tensor:
+        """`x` [B, S, dim] to the same shape, plus `residual`; the rest as `attention` has it."""
+        y = torch.ops.llama.attention(self.wqkv(x), rope, input_pos.contiguous(), cache)
+        return self.wo(y, residual)
 
 
 class FeedForward(nn.Module):
@@ -211,9 +218,9 @@ class FeedForward(nn.Module):
         self.w13 = Linear(args.dim, 2 * args.ffn_dim)
         self.w2 = Linear(args.ffn_dim, args.dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` [B, S, dim] to the same shape."""
-        return self.w2(torch.ops.llama.swiglu(self.w13(x)))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """`x` [B, S, dim] to the same shape, plus `residual`."""
+        return self.w2(torch.ops.llama.swiglu(self.w13(x)), residual)
 
 
 class TransformerBlock(nn.Module):
@@ -229,8 +236,8 @@ class TransformerBlock(nn.Module):
     @torch.compiler.nested_compile_region  # compiled once for all layers, so compile time does not grow with depth
     def forward(self, x: Tensor, rope: Tensor, input_pos: Tensor, cache: Tensor) -> Tensor:
         """`x` [B, S, dim] to the same shape; the rest as `attention` has it."""
-        h = x + self.attention(self.attention_norm(x), rope, input_pos, cache)
-        return h + self.feed_forward(self.ffn_norm(h))
+        h = self.attention(self.attention_norm(x), x, rope, input_pos, cache)
+        return self.feed_forward(self.ffn_norm(h), h)
 
 
 class Transformer(nn.Module):

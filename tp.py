@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed._functional_collectives import all_gather_tensor
 
 from checkpoint import Checkpoint, bits_and_groupsize, load_model
-from model import ModelArgs, Transformer
+from model import Linear, ModelArgs, Transformer
 
 # torchrun sets all of these. LOCAL_RANK alone may be left in a shell from a job that has ended.
 STARTED_BY_TORCHRUN = os.environ.keys() >= {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
@@ -112,14 +112,22 @@ def shard(name: str, tensor: Tensor, args: ModelArgs) -> Tensor:
     return tensor
 
 
-def all_reduce(module: torch.nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-    """A forward hook: the sum of the ranks' outputs [B, S, dim], in float32 and in the order of the ranks.
+class RowParallelLinear(torch.nn.Module):
+    """A linear layer that is split by input channels: its output is the sum of the ranks' outputs.
 
-    The order of additions in dist.all_reduce depends on the size of its input, so a row of many would not be that row
-    alone, bit for bit, and speculation could change the text. On gloo it also takes twice as long for few rows.
+    The sum is in float32 and in the order of the ranks. The order of additions in dist.all_reduce depends on the size
+    of its input, so a row of many would not be that row alone, bit for bit, and speculation could change the text. On
+    gloo it also takes twice as long for few rows.
     """
-    outputs = all_gather_tensor(output, 0, dist.group.WORLD).float()
-    return sum(outputs.chunk(WORLD_SIZE)).to(output.dtype)
+
+    def __init__(self, linear: Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """`x` [B, S, n_in / WORLD_SIZE] to [B, S, n_out], plus `residual`."""
+        outputs = all_gather_tensor(self.linear(x), 0, dist.group.WORLD).float()
+        return residual + sum(outputs.chunk(WORLD_SIZE)).to(x.dtype)
 
 
 def load_sharded(checkpoint: Checkpoint, device: str, dtype: torch.dtype, is_draft: bool = False) -> Transformer:
@@ -142,6 +150,6 @@ def load_sharded(checkpoint: Checkpoint, device: str, dtype: torch.dtype, is_dra
     part = replace(args, **{name: size // WORLD_SIZE for name, size in heads.items()})
     model = load_model(replace(checkpoint, args=part), device, dtype, lambda name, tensor: shard(name, tensor, args))
     for layer in model.layers:
-        layer.attention.register_forward_hook(all_reduce)
-        layer.feed_forward.register_forward_hook(all_reduce)
+        layer.attention.wo = RowParallelLinear(layer.attention.wo)
+        layer.feed_forward.w2 = RowParallelLinear(layer.feed_forward.w2)
     return model

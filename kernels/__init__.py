@@ -43,14 +43,16 @@ def is_small(x: Tensor, max_rows: int) -> bool:
     return x.numel() <= max_rows * x.shape[-1]
 
 
-def linear(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None, residual: Tensor | None = None
+) -> Tensor:
     """torch.ops.llama.linear on CUDA."""
     cuda = cuda_kernels_for(x.dtype)
     if cuda and x.shape[-1] % 32 == 0 and is_small(x, cpu.MAX_ROWS):
-        return cuda.linear(x, weight, scale, minimum)
+        return cuda.linear(x, weight, scale, minimum, residual)
     if cuda and scale is not None:
-        return F.linear(x, cuda.dequantize(weight, scale, minimum))
-    return model.linear(x, weight, scale, minimum)
+        weight, scale, minimum = cuda.dequantize(weight, scale, minimum), None, None
+    return model.linear(x, weight, scale, minimum, residual)
 
 
 def attention(qkv: Tensor, rope: Tensor, input_pos: Tensor, cache: Tensor) -> Tensor:

@@ -13,7 +13,7 @@
 #include "linear.h"
 #include "sampler.h"
 
-// ---- Operations between products. `other` is the embedding table, the second addend, or the weight of a norm.
+// ---- Operations between products. `other` is the embedding table, or the weight of a norm.
 struct Elementwise : RowOp {
     const bf16 *other;
     double eps;
@@ -21,10 +21,6 @@ struct Elementwise : RowOp {
 
     // x: token ids, int64.
     void embed(long row) const { memcpy(y + row * out, other + ((const int64_t *)x)[row] * out, out * sizeof(bf16)); }
-
-    void sum(long row) const {
-        for (long i = row * in; i < (row + 1) * in; i++) y[i] = to_bf16(to_float(x[i]) + to_float(other[i]));
-    }
 
     void norm(long row) const {
         const bf16 *from = x + row * in;
@@ -59,6 +55,5 @@ struct Elementwise : RowOp {
     }
 };
 extern "C" const Phase embedding[] = {phase<Elementwise, &Elementwise::each_row, &Elementwise::embed>(), {}};
-extern "C" const Phase add[] = {phase<Elementwise, &Elementwise::each_row, &Elementwise::sum>(), {}};
 extern "C" const Phase rms_norm[] = {phase<Elementwise, &Elementwise::each_row, &Elementwise::norm>(), {}};
 extern "C" const Phase swiglu[] = {phase<Elementwise, &Elementwise::each_row, &Elementwise::gate>(), {}};

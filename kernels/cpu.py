@@ -26,10 +26,10 @@ GROUPSIZES = (0, 32, 64, 128, 256)  # 0: no groups
 DEQUANT_BUFFER = torch.empty(2**22)  # for a part of a dequantized weight, because fresh memory is slow
 
 
-def has_cpu_kernel(x: Tensor | float) -> bool:
+def has_cpu_kernel(x: Tensor) -> bool:
     """True if cpu.cpp has kernels for x [..., channels]: bfloat16, contiguous, at most MAX_ROWS rows."""
-    known = isinstance(x, Tensor) and x.is_cpu and x.dtype == torch.bfloat16
-    return known and x.is_contiguous() and x.numel() <= MAX_ROWS * x.shape[-1] and load_library() is not None
+    is_supported = x.is_cpu and x.dtype == torch.bfloat16 and x.is_contiguous()
+    return is_supported and x.numel() <= MAX_ROWS * x.shape[-1] and load_library() is not None
 
 
 def word(argument: Tensor | float | None) -> int:
@@ -70,19 +70,22 @@ def kernel_fits(x: Tensor, weight: Tensor, groupsize: int) -> bool:
     return is_stored and x.dtype in (torch.bfloat16, torch.float32) and load_library() is not None
 
 
-def linear(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None, residual: Tensor | None = None
+) -> Tensor:
     """torch.ops.llama.linear."""
     n_in, n_out = x.shape[-1], len(weight)
     groupsize = 0 if minimum is None else n_in // minimum.shape[1]
     if not kernel_fits(x, weight, groupsize):
-        return model.linear(x, weight, scale, minimum)
+        return model.linear(x, weight, scale, minimum, residual)
     # With more rows F.linear is faster for float weights; quantized ones would have to be dequantized for it.
     max_rows = MAX_ROWS if scale is None else 4 * MAX_ROWS
     if x.dtype == torch.bfloat16 and x.numel() <= max_rows * n_in:
-        return run_op("linear", x, n_out, weight, scale, minimum, BITS[weight.dtype], groupsize)
+        return run_op("linear", x, n_out, weight, scale, minimum, BITS[weight.dtype], groupsize, residual)
     if scale is None:
-        return F.linear(x, weight.to(x.dtype))
-    return linear_in_parts(x, weight, scale, minimum, groupsize)
+        return model.linear(x, weight, None, None, residual)
+    y = linear_in_parts(x, weight, scale, minimum, groupsize)
+    return y if residual is None else residual + y
 
 
 def linear_in_parts(x: Tensor, weight: Tensor, scale: Tensor, minimum: Tensor | None, groupsize: int) -> Tensor:
@@ -95,7 +98,7 @@ def linear_in_parts(x: Tensor, weight: Tensor, scale: Tensor, minimum: Tensor | 
         channels = slice(start, start + count)
         part = [None if tensor is None else tensor[channels] for tensor in (weight, scale, minimum)]
         buffer = DEQUANT_BUFFER.view(x.dtype)[: len(part[0]) * n_in].view(-1, n_in)
-        call("dequantize", None, *buffer.shape, 0, *part, BITS[weight.dtype], groupsize, buffer, is_float32)
+        call("dequantize", None, *buffer.shape, 0, *part, BITS[weight.dtype], groupsize, None, buffer, is_float32)
         y[..., channels] = F.linear(x, buffer)
     return y
 
@@ -143,12 +146,10 @@ class CpuGraph(TorchDispatchMode):
     capturing: ClassVar[list["CpuGraph"]] = []  # at most one
 
     def run_operator(self, operator, types: list, args: tuple = (), kwargs: dict | None = None) -> object:
-        """Run an operator of PyTorch, two of them by cpu.cpp with the same bits; notice one that cannot be replayed."""
+        """Run an operator of PyTorch, or cpu.cpp's embedding; notice an operator that cannot be replayed."""
         x, *others = args
         if operator == aten.embedding.default and has_cpu_kernel(x[:1]) and x.is_contiguous():
             return run_op("embedding", others[0][..., None], x.shape[1], x, 0.0)
-        if operator == aten.add.Tensor and all(map(has_cpu_kernel, args)) and x.shape == others[0].shape and not kwargs:
-            return run_op("add", x, x.shape[-1], *others, 0.0)
         count = len(self.calls)
         result = operator(*args, **(kwargs or {}))
         if operator in self.NO_COMPUTE:

@@ -27,8 +27,18 @@ SPLITS = constexpr(128)  # programs that share the blocks of a long sequence, as
 TYPE = constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
 
 
+@triton.jit
+def _store_sum(product, residual, y, offsets, mask):
+    """Store a product, rounded, plus the residual."""
+    product = product.to(tl.bfloat16)
+    if residual is not None:
+        addend = tl.load(residual + offsets, mask, 0).to(tl.float32)
+        product = (addend + product.to(tl.float32)).to(tl.bfloat16)
+    tl.store(y + offsets, product, mask)
+
+
 @triton.jit(do_not_specialize=["rows"])  # the same code for every number of rows
-def _linear(x, weight, scale, y, rows, n_in, n_out, SIZE: constexpr, G: constexpr, N: constexpr):
+def _linear(x, weight, scale, residual, y, rows, n_in, n_out, SIZE: constexpr, G: constexpr, N: constexpr):
     """N output channels of TILE rows on tensor cores: a batch of G products of SIZE input channels each at a time."""
     channel = (tl.program_id(0) * N + tl.arange(0, N))[None, :]
     row = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -46,7 +56,7 @@ def _linear(x, weight, scale, y, rows, n_in, n_out, SIZE: constexpr, G: constexp
     channel = tl.program_id(0) * N + tl.arange(0, N)[:, None]
     if scale is not None:
         out *= tl.load(scale + channel, channel < n_out, 0)
-    tl.store(y + row * n_out + channel, out.to(tl.bfloat16), (row < rows) & (channel < n_out))
+    _store_sum(out, residual, y, row * n_out + channel, (row < rows) & (channel < n_out))
 
 
 @triton.jit
@@ -77,7 +87,7 @@ def _word_sums(w, x, mask, sixteen):
 
 @triton.jit(do_not_specialize=["rows", "sixteen"])
 def _linear_int4(
-    x, weight, scale, minimum, y, rows, words, n_out, sixteen, PER: constexpr, ROWS: constexpr, N: constexpr
+    x, weight, scale, minimum, residual, y, rows, words, n_out, sixteen, PER: constexpr, ROWS: constexpr, N: constexpr
 ):
     """N output channels of ROWS rows in float32, from words of 8 levels, PER of them in a group.
 
@@ -108,10 +118,12 @@ def _linear_int4(
     channel = tl.program_id(0) * N + tl.arange(0, N)
     for r in tl.static_range(ROWS):
         mask = (row + r < rows) & (channel < n_out)
-        tl.store(y + (row + r) * n_out + channel, tl.sum(acc[r], 1).to(tl.bfloat16), mask)
+        _store_sum(tl.sum(acc[r], 1), residual, y, (row + r) * n_out + channel, mask)
 
 
-def linear(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None, residual: Tensor | None = None
+) -> Tensor:
     """model.linear for contiguous rows x [..., n_in]; n_in is a multiple of 32."""
     n_in, n_out = x.shape[-1], len(weight)
     rows = x.numel() // n_in
@@ -121,11 +133,11 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | No
     if minimum is None:
         size = math.gcd(n_in, 64)
         grid = programs, triton.cdiv(rows, TILE.value)
-        _linear[grid](x, weight, scale, y, rows, n_in, n_out, size, 512 // size, channels)
+        _linear[grid](x, weight, scale, residual, y, rows, n_in, n_out, size, 512 // size, channels)
         return y
     tiles = triton.cdiv(rows, 8)
     words, per = n_in // 8, n_in // minimum.shape[1] // 8
-    args = x.view(torch.int32), weight.view(torch.int32), scale, minimum, y, rows, words, n_out, SIXTEEN
+    args = x.view(torch.int32), weight.view(torch.int32), scale, minimum, residual, y, rows, words, n_out, SIXTEEN
     _linear_int4[programs, tiles](*args, per, triton.cdiv(rows, tiles), channels)
     return y
 

@@ -10,7 +10,7 @@
 static constexpr long STRIP = 8;           // output channels that a product computes at a time
 static constexpr long TASK_BYTES = 16384;  // weights of a task, in whole strips, but at least one strip
 
-// y = x times the weight's transpose.
+// y = x times the weight's transpose, plus the residual.
 struct Linear : Weight {
     long begin() const {
         activations.resize(rows * padded_channels(*this));

@@ -118,7 +118,7 @@ template <int BITS, int M, int R> struct Tile {
 #pragma omp simd reduction(+ : minima)
                 for (long g = 0; g < w.groups(); g++) minima += to_float(minimum[g]) * sums[g];
                 if (BITS == 8) total *= 0x1p-24f * w.row_scale(n + r);
-                w.y[(first + m) * w.out + n + r] = to_bf16(total + minima);
+                w.write(first + m, n + r, total + minima);
             }
     }
 };

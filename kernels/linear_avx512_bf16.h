@@ -96,7 +96,7 @@ template <int V, int M, int R> static void block(const Weight &w, long first, lo
                 sum[r][m] = _mm512_fmadd_ps(wide, _mm512_maskz_loadu_ps(inside, sums + g), sum[r][m]);
             }
             const float scale = V == 2 ? w.row_scale(n + r) : 1.0f;
-            w.y[(first + m) * w.out + n + r] = to_bf16(_mm512_reduce_add_ps(sum[r][m]) * scale);
+            w.write(first + m, n + r, _mm512_reduce_add_ps(sum[r][m]) * scale);
         }
 }
 

@@ -10,6 +10,7 @@ struct Weight : RowOp {
     const void *scale;
     const bf16 *minimum;
     long bits, groupsize;
+    const bf16 *residual;  // [rows, out], or null
     bf16 *y;
 
     const uint8_t *row(long n) const { return data + n * in * bits / 8; }
@@ -17,6 +18,13 @@ struct Weight : RowOp {
     long groups() const { return bits == 4 ? in / groupsize : 0; }
     const bf16 *group_scales(long n) const { return (const bf16 *)scale + n * groups(); }  // of 4 bits
     const bf16 *group_minima(long n) const { return minimum + n * groups(); }
+
+    // Write the product of row m and output channel n, rounded, plus the residual.
+    void write(long m, long n, float product) const {
+        const long i = m * out + n;
+        y[i] = to_bf16(product);
+        if (residual) y[i] = to_bf16(to_float(residual[i]) + to_float(y[i]));
+    }
 };
 
 // 32 channels of output channel n from channel k on, dequantized.

@@ -29,7 +29,7 @@ static long check_linear(long in, long out, long bits, long groupsize) {
     const uint8_t *data = bits == 16 ? (const uint8_t *)floats.data() : bytes.data();
     const void *scale = bits == 8 ? (const void *)row_scales.data() : scales.data();
     std::vector<bf16> y(16 * out), alone(out);
-    const Weight weight = {{x.data(), 16, in, out}, data, scale, minima.data(), bits, groupsize, y.data()};
+    const Weight weight = {{x.data(), 16, in, out}, data, scale, minima.data(), bits, groupsize, nullptr, y.data()};
     const Linear all = {weight};
     run(linear, &all);
     long failures = 0;

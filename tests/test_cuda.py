@@ -94,6 +94,8 @@ def check_product(n_out: int, n_in: int, scheme: str, sizes: list[int]) -> None:
     weight = stored(n_out, n_in, scheme)
     x = normal(1, 16, n_in).bfloat16().to(DEVICE)
     found = cuda.linear(x, *weight)
+    residual = normal(1, 16, n_out).bfloat16().to(DEVICE)
+    assert torch.equal(cuda.linear(x, *weight, residual), residual + found)
     exact = dequantize(*weight, torch.float32).double()
     expected = x.double() @ exact.T
     bound = 2**-8 * (expected.abs() + x.double().abs() @ exact.abs().T / 16)
@@ -665,6 +667,7 @@ def test_speculation_is_exact_in_bfloat16(demo, weights: str, temperature: float
 
     Each text starts with an empty cache, because a pass of many rows and passes of few leave different bits in it.
     """
+    torch._dynamo.reset()  # it compiles a function eight times at most, and each test compiles two models
     engine, params = on_card(demo[weights], torch.bfloat16), sampled(3, temperature)
     draft = on_card(demo["draft"], torch.bfloat16)
     if compiled:

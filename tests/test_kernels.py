@@ -146,6 +146,15 @@ def test_attention_equals_the_definition(library, heads: tuple[int, int, int]) -
             assert (inputs[3].float() - copies[3].float()).abs().max() < 2**-6
 
 
+def test_a_residual_is_added_to_the_rounded_product(library) -> None:
+    """In the kernels, and in the products of prompts, which they do not compute."""
+    for scheme in SCHEMES:
+        weight = stored(normal(41, 768) * 0.02, *scheme)
+        for rows in (1, 16, 100):
+            x, residual = normal(1, rows, 768).bfloat16(), normal(1, rows, 41).bfloat16()
+            assert torch.equal(linear(x, *weight, residual), residual + linear(x, *weight)), (scheme, rows)
+
+
 def test_row_i_of_many_is_bit_for_bit_that_row_alone(library) -> None:
     for scheme in SCHEMES:
         weight, x = stored(normal(41, 768) * 0.02, *scheme), normal(1, 16, 768).bfloat16()
