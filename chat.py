@@ -12,9 +12,7 @@ from tokenizer import Tokenizer
 class Conversation:
     """Messages, and the prompt that they make. Without a chat template they are one text that goes on."""
 
-    def __init__(
-        self, tokenizer: Tokenizer, max_seq_length: int, system: str = "", use_chat_template: bool = True
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, max_seq_length: int, system: str, use_chat_template: bool) -> None:
         self.tokenizer = tokenizer
         self.max_seq_length = max_seq_length
         self.system = system
@@ -93,5 +91,5 @@ def answer_line(session, conversation: Conversation, line: str) -> None:
     answer = session.answer(conversation.prompt(text))
     if answer:
         conversation.add(text, answer)
-    if session.finish_reason.startswith("context"):
-        print(f"the {session.finish_reason}: /clear starts anew", file=sys.stderr)
+    if session.finish_reason.startswith("limit"):  # of --max_new_tokens, or of the context
+        print(f"the answer was cut at its {session.finish_reason}: /clear starts anew", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The checkpoint file: its fields, reading, loading, writing.
+"""The checkpoint file: its fields, reading, loading. files.py writes it.
 
 A checkpoint is a torch.save file with the fields
     config        the fields of ModelArgs
@@ -10,16 +10,14 @@ A checkpoint is a torch.save file with the fields
 
 import mmap
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import atomic_write, delete_stale, progress, reading
+from utils import progress, reading
 
 import torch
 from torch import Tensor
-from torch.serialization import set_default_mmap_options, skip_data
 
 from model import Linear, ModelArgs, Transformer
 from tokenizer import Tokenizer
@@ -62,13 +60,32 @@ def empty_model(args: ModelArgs, quantization: dict | None, dtype: torch.dtype) 
     return model
 
 
+def map_file(path: Path) -> Tensor:
+    """The bytes of a file, mapped. Read-only and shared, because Linux counts a writable private mapping as memory."""
+    with open(path, "rb") as file:
+        return torch.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), dtype=torch.uint8)
+
+
+def map_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that torch.load has put on the meta device, mapped to their bytes in the file."""
+    data = map_file(path)
+    mapped = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        start = storage._checkpoint_offset
+        content = data[start : start + storage.nbytes()].view(tensor.dtype)
+        offset = content.storage_offset() + tensor.storage_offset()
+        mapped[name] = content.as_strided(tensor.shape, tensor.stride(), offset)
+    return mapped
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """Map the checkpoint at `path`. ValueError if it is damaged or not one of ours."""
     with reading(path, "./scripts/prepare.sh REPO or quantize.py writes a checkpoint"):
         with open(path, "rb") as file:  # the disk reads ahead while Python does other things
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-        header = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
-        state_dict = header.pop("model")
+        header = torch.load(path, weights_only=True, map_location="meta")
+        state_dict = map_tensors(path, header.pop("model"))
         args = ModelArgs(*header["config"].values())  # in this order, because earlier versions had other names
         expected = empty_model(args, header["quantization"], torch.bfloat16).state_dict()
         if shapes(state_dict) != shapes(expected) or "id" not in header:
@@ -94,27 +111,3 @@ def load_model(checkpoint: Checkpoint, device: str, dtype: torch.dtype, shard: C
         weights[name] = part.to(device, expected[name].dtype)
     model.load_state_dict(weights, assign=True)
     return model
-
-
-@contextmanager
-def new_checkpoint(path: Path, header: dict, tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Write a checkpoint to `path`, whole or not at all: yield its tensors, mapped to the file, for the block to fill.
-
-    `header` has all fields but id and model. `tensors` are untouched torch.empty ones: only their shapes count, and
-    a tensor under two names is stored once. The disk space is reserved first, because a disk that fills up under a
-    mapped file kills the process: OSError.
-    """
-    delete_stale(path.resolve().parent, ".*.pth.[0-9]*.tmp")
-    with atomic_write(path) as temporary:
-        try:
-            with skip_data():
-                torch.save({**header, "id": os.urandom(16).hex(), "model": tensors}, temporary)
-            with open(temporary, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
-        except (OSError, RuntimeError) as error:  # torch.save has only RuntimeError for a full disk
-            size = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
-            raise OSError(f"{path} was not written: it takes {size:.2f} GB of disk ({str(error)[:99]})") from error
-        with set_default_mmap_options(mmap.MAP_SHARED):
-            yield torch.load(temporary, mmap=True, weights_only=True)["model"]
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())

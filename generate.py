@@ -8,7 +8,6 @@ Engine and generate() work on token ids; Session and main() add text, flags and 
 import argparse
 import math
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,8 +30,9 @@ from tokenizer import TextStreamer
 # Look for the folder: `except ImportError` would hide an error in it, and PyPI has an unrelated package `kernels`.
 HAS_KERNELS = Path(__file__).with_name("kernels").is_dir()
 if HAS_KERNELS:
-    from kernels import CapturedStep, decode_ahead
+    from kernels import CapturedStep, compile_kernels, decode_ahead
 
+MIN_CAPACITY = 256  # positions of the smallest KV cache, because each time it grows, steps are captured again
 MAX_DECODE_ROWS = 16  # tokens of a decoding step: the last one, and up to 15 guesses (draft tokens)
 PREFILL_CHUNK = {"cpu": 512, "cuda": 2048}  # tokens of a prompt that run in one pass; bounds the memory
 
@@ -49,15 +49,14 @@ class Engine:
     Callers pass whole sequences; only the tokens that are not cached run.
     """
 
-    def __init__(
-        self, model: Transformer, max_seq_length: int, checkpoint: Checkpoint | None = None, prefix_cache=None
-    ) -> None:
+    def __init__(self, model: Transformer, max_seq_length: int, checkpoint=None, prefix_cache=None) -> None:
         self.model = model
+        self.device = model.tok_embeddings.weight.device
         self.max_seq_length = max_seq_length
-        self.kv_cache = model.make_cache(max_seq_length)
+        self.kv_cache = model.make_cache(0)  # `reserve` makes it larger
         self.cached_ids: list[int] = []
         self.num_cached = 0  # tokens of the last prompt that were cached
-        self.checkpoint = checkpoint
+        self.checkpoint = checkpoint  # checkpoint.Checkpoint
         self.prefix_cache = prefix_cache  # generate_prefill.PrefixCache
         self.decode_step: Callable = CapturedStep(step) if HAS_KERNELS else step  # for up to MAX_DECODE_ROWS tokens
         self.prefill_step: Callable = step
@@ -66,10 +65,32 @@ class Engine:
         """Drop the cached tokens from position `length` on."""
         del self.cached_ids[length:]
 
+    @torch.inference_mode(False)  # because to the compiler an inference tensor and another one are different
+    def reserve(self, positions: int) -> None:
+        """Grow the KV cache to at least `positions` positions, by doubling, one layer after another.
+
+        ValueError if there is no memory for it.
+        """
+        if positions <= self.kv_cache[-1].shape[3]:
+            return
+        capacity = max(positions, min(max(2 * self.kv_cache[-1].shape[3], MIN_CAPACITY), self.max_seq_length))
+        getattr(self.decode_step, "graphs", {}).clear()  # a captured step keeps the cache that it was captured with
+        self.model.extend_rope(capacity)
+        try:
+            for i, old in enumerate(self.kv_cache):
+                new = old.new_empty(*old.shape[:3], capacity, old.shape[4])
+                new[:, :, :, : old.shape[3]] = old
+                self.kv_cache[i] = new
+        except RuntimeError as error:
+            if tp.WORLD_SIZE > 1:
+                raise  # because the other ranks would wait for this one
+            raise ValueError(f"no memory for a KV cache of {capacity} positions: choose a smaller --context") from error
+
     def match_prefix(self, prompt: list[int]) -> None:
         """Keep the cached tokens that `prompt` starts with. Its last token is never kept, because it has to run."""
         if self.cached_ids != prompt[: len(self.cached_ids)] or len(self.cached_ids) == len(prompt):
             self.truncate(len(os.path.commonprefix([self.cached_ids, prompt[:-1]])))
+        self.reserve(len(prompt))
         if self.prefix_cache:
             self.prefix_cache.load(self, prompt[:-1])
         self.num_cached = len(self.cached_ids)
@@ -81,10 +102,8 @@ class Engine:
         Up to MAX_DECODE_ROWS tokens give [S], overwritten by the next pass; more of them only the last sample, [1].
         """
         is_long = inputs.shape[1] > MAX_DECODE_ROWS
-        if is_long or not HAS_KERNELS:  # a captured step copies its inputs itself
-            inputs = inputs.to(self.kv_cache.device)
         step = self.prefill_step if is_long else self.decode_step
-        return step(self.model, inputs, self.kv_cache, params, is_long)
+        return step(self.model, inputs.to(self.device), self.kv_cache, params, is_long)
 
     def read(self, samples: Tensor) -> list[int]:
         """Wait for sampled ids, which are rank 0's. ValueError if the logits were not finite."""
@@ -96,13 +115,14 @@ class Engine:
     def forward(self, ids: list[int], params: SamplingParams) -> list[int]:
         """Run `ids` after the cached tokens: the token [S] sampled after each, or [1] after the last of many."""
         positions = range(len(self.cached_ids), len(self.cached_ids) + len(ids))
+        self.reserve(positions.stop)
         tokens = self.read(self.start_pass(torch.tensor([ids, positions]), params))
         self.cached_ids += ids
         return tokens
 
     def decode(self, token: int, params: SamplingParams) -> Iterator[int]:
         """Yield the tokens that follow `token`, one pass each."""
-        if HAS_KERNELS and self.kv_cache.is_cuda and tp.WORLD_SIZE == 1:
+        if HAS_KERNELS and self.device.type == "cuda" and tp.WORLD_SIZE == 1:
             yield from decode_ahead(self, token, params)
         while True:
             [token] = self.forward([token], params)
@@ -110,8 +130,9 @@ class Engine:
 
     def prefill(self, prompt: list[int], params: SamplingParams) -> list[int]:
         """Run the tokens of `prompt` that are not cached, in chunks: the token [1] that follows."""
-        chunk = PREFILL_CHUNK[self.kv_cache.device.type]
-        for start in range(len(self.cached_ids), len(prompt), chunk):
+        chunk = PREFILL_CHUNK[self.device.type]
+        starts = range(len(self.cached_ids), len(prompt), chunk)
+        for start in utils.progress(starts, "prompt", disable=len(starts) < 2 or None):
             tokens = self.forward(prompt[start : start + chunk], params)
         return tokens[-1:]
 
@@ -122,11 +143,10 @@ class Engine:
         Waits for the device twice, not once per token.
         """
         k = min(k, self.max_seq_length + 1 - len(ids))
-        if k < 1:
-            return []
         self.match_prefix(ids)
-        samples = torch.tensor(self.prefill(ids, params), device=self.kv_cache.device)
-        for position in torch.arange(len(ids), len(ids) + k - 1, device=self.kv_cache.device):
+        self.reserve(len(ids) + k - 1)
+        samples = torch.tensor(self.prefill(ids, params), device=self.device)
+        for position in torch.arange(len(ids), len(ids) + k - 1, device=self.device):
             # -1 means non-finite logits; read() raises.
             inputs = torch.stack([samples[-1:].clamp(min=0), position[None]])
             samples = torch.cat([samples, self.start_pass(inputs, params)])
@@ -141,25 +161,29 @@ class Engine:
             self.prefix_cache.save(self)
 
     def compile(self, decode: bool, prefill: bool, params: SamplingParams) -> None:
-        """Compile the steps of decoding, of prefill, or both. The cache has to be empty."""
+        """Compile the steps of decoding, of prefill, or both, before anything is cached."""
+        self.reserve(2)  # because the compiler makes a size of 1 a constant
         torch._dynamo.config.specialize_float = True  # norm_eps is a constant; a dynamic float would not compile
         # A whole graph would contradict TORCH_COMPILE_DISABLE.
         compiled = torch.compile(step, fullgraph=not torch._dynamo.config.disable)
 
-        def compiled_step(model: Transformer, inputs: Tensor, *others: object) -> Tensor:
+        def compiled_step(model: Transformer, inputs: Tensor, cache: list[Tensor], *others: object) -> Tensor:
             """One row runs as two: dynamo specializes on size 1, and that code may round differently from others."""
             rows = inputs.shape[1]
             # Always a new tensor, because to the compiler an inference tensor and another one are different.
             inputs = inputs.repeat(1, 2)[:, : max(rows, 2)].contiguous()
             torch._dynamo.mark_dynamic(inputs, 1)
-            return compiled(model, inputs, *others)[:rows]
+            for layer in cache:
+                torch._dynamo.mark_dynamic(layer, 3)
+            return compiled(model, inputs, cache, *others)[:rows]
 
         if decode:
-            self.decode_step = CapturedStep(compiled_step) if HAS_KERNELS and self.kv_cache.is_cuda else compiled_step
-            self.start_pass(torch.zeros(2, 1, dtype=torch.int64, device=self.kv_cache.device), params)
+            is_captured = HAS_KERNELS and self.device.type == "cuda"
+            self.decode_step = CapturedStep(compiled_step) if is_captured else compiled_step
+            self.start_pass(torch.zeros(2, 1, dtype=torch.int64, device=self.device), params)
         if prefill:
             self.prefill_step = compiled_step
-            inputs = torch.zeros(2, MAX_DECODE_ROWS + 1, dtype=torch.int64, device=self.kv_cache.device)
+            inputs = torch.zeros(2, MAX_DECODE_ROWS + 1, dtype=torch.int64, device=self.device)
             self.start_pass(inputs, params)
 
 
@@ -198,19 +222,25 @@ def generate(engine: Engine, prompt: list[int], max_new_tokens: int, eos_ids, pa
 class Session:
     """The loaded models and the settings of the command line: everything that an answer needs except its prompt.
 
-    ValueError for a file or flag that does not fit.
+    `texts` are the prompts; without any it is a conversation. ValueError for a file or flag that does not fit.
     """
 
-    def __init__(self, args: argparse.Namespace, prefix_cache=None) -> None:
+    def __init__(self, args: argparse.Namespace, texts: list[str], prefix_cache=None) -> None:
         start = time.perf_counter()
         self.args = args
         self.prefix_cache = prefix_cache
         self.system = tp.from_rank(lambda: utils.read_text(args.system, "--system") if args.system else "")
         with utils.reading("--stop", "give some text in UTF-8"):
             self.stops = [text.encode().decode() for text in args.stop]
-        self.engine = self.load(args.checkpoint_path)
-        self.tokenizer = self.engine.checkpoint.tokenizer
-        draft = self.load(args.draft_checkpoint_path, is_draft=True) if args.draft_checkpoint_path else None
+        checkpoint = read_checkpoint(args.checkpoint_path)
+        self.tokenizer = checkpoint.tokenizer
+        self.max_seq_length = min(args.context or math.inf, checkpoint.args.max_seq_length)
+        self.prompts = [self.conversation().prompt(text) for text in texts]
+        self.max_new_tokens = args.max_new_tokens or (200 if texts else self.max_seq_length)
+        self.capacity = max(map(len, self.prompts)) + self.max_new_tokens if texts else 1  # and then it grows
+        self.engine = self.load(checkpoint)
+        path = args.draft_checkpoint_path
+        draft = self.load(read_checkpoint(path), is_draft=True) if path else None
         lookup = PromptLookup() if args.prompt_lookup else None
         self.speculation = Speculation(draft, args.speculate_k, lookup) if draft or lookup else None
         limits = {"top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p}
@@ -218,22 +248,26 @@ class Session:
         self.params = SamplingParams.create(args.device, 0, args.temperature, vocab_size=vocab_size, **limits)
         self.finish_reason = ""  # why the last answer ended
         self.statistics = "no answer yet"  # the figures of the last answer
-        print(f"Load time: {time.perf_counter() - start:.3f} s", file=sys.stderr)
         if args.compile or args.compile_prefill:
             self.compile([self.engine, draft] if draft else [self.engine])
+        print(f"Load time: {time.perf_counter() - start:.3f} s", file=sys.stderr)
 
-    def load(self, path: Path, is_draft: bool = False) -> Engine:
-        """An engine for the checkpoint at `path`. ValueError for a draft that lacks some of the model's tokens."""
-        checkpoint = read_checkpoint(path)
+    def load(self, checkpoint: Checkpoint, is_draft: bool = False) -> Engine:
+        """An engine for a checkpoint. ValueError for a draft that lacks some of the model's tokens."""
         vocab, size = checkpoint.tokenizer.bpe.vocab, checkpoint.args.vocab_size
         if is_draft and (vocab != self.tokenizer.bpe.vocab or size < self.tokenizer.vocab_size):
-            raise ValueError(f"{path} has another vocabulary: choose a draft of the family")
+            raise ValueError(f"{checkpoint.path} has another vocabulary: choose a draft of the family")
         model = tp.load_sharded(checkpoint, self.args.device, getattr(torch, self.args.precision), is_draft)
-        return Engine(model, checkpoint.args.max_seq_length, checkpoint, self.prefix_cache)
+        engine = Engine(model, min(self.max_seq_length, checkpoint.args.max_seq_length), checkpoint, self.prefix_cache)
+        engine.reserve(min(self.capacity, engine.max_seq_length))
+        weights = sum(tensor.nbytes for tensor in model.state_dict().values()) / 1e9
+        positions = engine.kv_cache[0].shape[3]
+        size = sum(layer.nbytes for layer in engine.kv_cache) // positions
+        print(f"Memory: {weights:.3f} GB of weights, KV cache: {positions} positions of {size} bytes", file=sys.stderr)
+        return engine
 
     def compile(self, engines: list[Engine]) -> None:
         """Compile the steps that gain from it. ValueError if there is no compiler."""
-        start = time.perf_counter()
         for engine in engines:
             # A CPU replays its steps instead. A compiled step runs one row as two, which costs too much in 4 bits.
             bits, _ = bits_and_groupsize("wo", engine.checkpoint.header["quantization"])
@@ -241,12 +275,11 @@ class Session:
             if compile_decode or self.args.compile_prefill:
                 with utils.reading("torch.compile", "do without --compile[_prefill]"):
                     engine.compile(compile_decode, self.args.compile_prefill, self.params)
-        print(f"Compile time: {time.perf_counter() - start:.3f} s", file=sys.stderr)
 
     def conversation(self) -> Conversation:
         """A new conversation."""
         use_chat_template = self.tokenizer.chat_template is not None and not self.args.raw
-        return Conversation(self.tokenizer, self.engine.max_seq_length, self.system, use_chat_template)
+        return Conversation(self.tokenizer, self.max_seq_length, self.system, use_chat_template)
 
     def answer(self, prompt: list[int], i: int = 0) -> str:
         """Print the text that follows `prompt` while it is generated, with seed + i. Return it from Tokenizer.decode.
@@ -262,7 +295,7 @@ class Session:
             self.speculation.start()
         start = time.perf_counter()
         finish_reason = "interrupted"
-        tokens = generate(self.engine, prompt, args.max_new_tokens, eos_ids, self.params, self.speculation)
+        tokens = generate(self.engine, prompt, self.max_new_tokens, eos_ids, self.params, self.speculation)
         with suppress(KeyboardInterrupt) if interruptible else nullcontext(), closing(tokens):
             for token in tokens:
                 ids.append(token)
@@ -270,20 +303,14 @@ class Session:
                 streamer.put(self.tokenizer.token_bytes(token))
                 if streamer.stop:
                     break
-            finish_reason = self.reason(len(prompt), len(ids), streamer.stop)
+            limit = min(self.max_new_tokens, self.max_seq_length + 1 - len(prompt))
+            finish_reason = f"limit of {limit} tokens" if len(ids) == limit else "end of sequence"
+            if streamer.stop:
+                finish_reason = f"stop text {streamer.stop!r}"
         streamer.end("\n" if args.interactive or sys.stdout.isatty() else "")
         self.finish_reason = finish_reason
         self.statistics = self.describe(len(prompt), len(ids), times or [time.perf_counter() - start])
         return self.tokenizer.decode(ids, streamer.printed)
-
-    def reason(self, prompt_tokens: int, new_tokens: int, stop: str) -> str:
-        """The reason why an answer ended: a stop text, a limit, or the end-of-sequence token."""
-        if stop:
-            return f"stop text {stop!r}"
-        if new_tokens == self.args.max_new_tokens:
-            return f"max_new_tokens {new_tokens}"
-        context = self.engine.max_seq_length
-        return f"context of {context} tokens is full" if prompt_tokens + new_tokens > context else "end of sequence"
 
     def describe(self, prompt_tokens: int, new_tokens: int, times: list[float]) -> str:
         """The figures of an answer, one `Name: figures` line each. `times` are seconds to each of its tokens."""
@@ -293,10 +320,6 @@ class Session:
         passes = self.speculation.num_passes if self.speculation else decoded
         state_dict = self.engine.model.state_dict()
         size = sum(weight.nbytes for name, weight in state_dict.items() if name != "tok_embeddings.weight")
-        if self.args.device == "cuda":
-            peak = f"{torch.cuda.max_memory_allocated() / 1e9:.3f} GB (CUDA)"
-        else:
-            peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.3f} GB (RSS)"
         lines = [
             f"Prompt tokens: {prompt_tokens} (cached {cached} of {prompt_tokens})",
             f"Time to first token: {times[0]:.3f} s",
@@ -304,7 +327,6 @@ class Session:
             f"Decode: {decoded / seconds:.2f} tokens/s ({new_tokens} tokens in {times[-1]:.2f} s)",
             f"Weights read: {passes * size / seconds / 1e9:.2f} GB/s",
             f"Stopped: {self.finish_reason}",
-            f"Peak memory: {peak}",
         ]
         if self.speculation:
             drafted, accepted = self.speculation.num_drafted, min(self.speculation.num_accepted, decoded)
@@ -323,18 +345,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--system", help="text or @FILE that comes first; for a chat model, its system prompt")
     add("--raw", action="store_true", help="continue the text as it is, without the chat template")
     add("--num_samples", type=number(1), default=1, help="answers to each prompt; answer i uses seed + i (1)")
-    add("--max_new_tokens", type=number(1), default=200, help="longest answer, in tokens (200)")
+    add("--max_new_tokens", type=number(1), help="longest answer, in tokens (200; in a conversation, the context)")
+    add("--context", type=number(1), help="most tokens of prompt and answer together (those that the model allows)")
     add("--stop", action="append", default=[], help="end the answer before this text; may be repeated")
     add("--temperature", type=number(0, 1e30, float), default=0.8, help="sampling temperature; 0 is greedy (0.8)")
     add("--top_k", type=number(1), help="sample from the K most likely tokens (all)")
     add("--top_p", type=number(1e-6, 1, float), help="nucleus: the most likely tokens whose probabilities sum to P (1)")
     add("--min_p", type=number(0, 1, float), help="drop tokens less likely than P times the most likely (0)")
     add("--draft_checkpoint_path", type=Path, help="speculative decoding with a small model of the same vocabulary")
-    add(
-        "--prompt_lookup",
-        action="store_true",
-        help="speculative decoding with n-grams of the text; also beside a draft",
-    )
+    add("--prompt_lookup", action="store_true", help="speculative decoding with n-grams of the text, draft or not")
     add("--speculate_k", type=number(1, MAX_DECODE_ROWS - 1), default=5, help="most guesses in a pass (5)")
     add("--seed", type=number(0, 2**31 - 1), default=1234, help="the same seed gives the same text (1234)")
     add("--compile", action="store_true", help="torch.compile decoding on CUDA, in 16 and 8 bits; starts more slowly")
@@ -350,7 +369,9 @@ def generate_all(args: argparse.Namespace, prefix_cache=None) -> Session:
     tp.init(args.device)
     torch.set_num_threads(tp.num_threads())
     sys.stdout.reconfigure(encoding="utf-8")
-    if not HAS_KERNELS:
+    if HAS_KERNELS:
+        compile_kernels(args.device, getattr(torch, args.precision))
+    else:
         print("there is no folder kernels/, so decoding is several times slower", file=sys.stderr)
     if args.interactive and args.system == "-":
         raise ValueError("--system -: standard input is the conversation; give a text, or @FILE")
@@ -358,10 +379,10 @@ def generate_all(args: argparse.Namespace, prefix_cache=None) -> Session:
         raise ValueError("--stop is empty: give some text in UTF-8")
     prompts = [] if args.interactive else args.prompt or ["Hello, my name is"]
     texts = tp.from_rank(lambda: [utils.read_text(text, "--prompt") for text in prompts])
-    session = Session(args, prefix_cache)
+    session = Session(args, texts, prefix_cache)
     if args.interactive:
         chat(session, session.conversation())
-    for prompt in [session.conversation().prompt(text) for text in texts]:  # all are checked before the first answer
+    for prompt in session.prompts:
         for i in range(args.num_samples):
             if session.finish_reason:
                 print()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import tp
 from generate import Engine, build_parser, generate_all
+from scripts import files
 
 BLOCK_SIZE = 16  # tokens whose keys and values are in one file
 # The sources that compute keys and values, because files of another version must not be used.
@@ -46,13 +47,13 @@ class PrefixCache:
         self.max_bytes = max_bytes
         self.error_printed = False
 
-    def blocks(self, engine: Engine, ids: list[int]) -> Iterator[tuple[int, Path, Tensor]]:
-        """Start, file and part [n_layer, 2, n_kv_head, BLOCK_SIZE, head_dim] of the KV cache, for each block."""
+    def blocks(self, engine: Engine, ids: list[int]) -> Iterator[tuple[int, Path, list[Tensor]]]:
+        """Start, file and part of the KV cache, [2, n_kv_head, BLOCK_SIZE, head_dim] a layer, for each block."""
         checkpoint, cache = engine.checkpoint, engine.kv_cache
-        name = f"{checkpoint.header['id']} {checkpoint.args} {cache.dtype} {tp.RANK} {tp.WORLD_SIZE} {CODE}"
+        name = f"{checkpoint.header['id']} {checkpoint.args} {cache[0].dtype} {tp.RANK} {tp.WORLD_SIZE} {CODE}"
         for start in range(0, len(ids) - BLOCK_SIZE + 1, BLOCK_SIZE):
             name = hashlib.sha256(f"{name} {ids[start : start + BLOCK_SIZE]}".encode()).hexdigest()
-            yield start, self.folder / f"{name}.kv", cache[:, :, 0, :, start : start + BLOCK_SIZE]
+            yield start, self.folder / f"{name}.kv", [layer[:, 0, :, start : start + BLOCK_SIZE] for layer in cache]
 
     def header(self, path: Path, content: bytes) -> bytes:
         """The bytes before `content` in a file: MAGIC and a checksum of the file's name and content."""
@@ -64,22 +65,24 @@ class PrefixCache:
         if len(ids) - len(engine.cached_ids) < BLOCK_SIZE:
             return
         with self.errors_printed():
-            for start, path, part in self.blocks(engine, ids):
+            for start, path, parts in self.blocks(engine, ids):
                 if start + BLOCK_SIZE > len(engine.cached_ids):
                     if not path.exists():
                         break
-                    self.load_block(path, part)
+                    self.load_block(path, parts)
                     engine.cached_ids[start:] = ids[start : start + BLOCK_SIZE]
         engine.truncate(min(tp.all_gather(len(engine.cached_ids))))  # blocks that all ranks have found
 
-    def load_block(self, path: Path, part: Tensor) -> None:
+    def load_block(self, path: Path, parts: list[Tensor]) -> None:
         """Copy a file to its part of the KV cache. A damaged file is deleted: OSError."""
         data = path.read_bytes()
         content = data[len(self.header(path, b"")) :]
         if data != self.header(path, content) + content:
             path.unlink()
             raise OSError(f"{path} was damaged")
-        part.copy_(torch.frombuffer(bytearray(content), dtype=part.dtype).view(part.shape))
+        content = torch.frombuffer(bytearray(content), dtype=parts[0].dtype)
+        for part, layer in zip(parts, content.view(len(parts), *parts[0].shape), strict=True):
+            part.copy_(layer)
 
     @torch.inference_mode()
     def save(self, engine: Engine) -> None:
@@ -89,26 +92,26 @@ class PrefixCache:
         """
         now = time.time_ns()
         with self.errors_printed():
-            for start, path, part in self.blocks(engine, engine.cached_ids):
+            for start, path, parts in self.blocks(engine, engine.cached_ids):
                 if not path.exists():
-                    self.save_block(path, part)
+                    self.save_block(path, parts)
                 os.utime(path, ns=(now - start, now - start))
         with self.errors_printed():
             self.evict()
 
-    def save_block(self, path: Path, part: Tensor) -> None:
+    def save_block(self, path: Path, parts: list[Tensor]) -> None:
         """Write a part of the KV cache to a file."""
         if not self.folder.exists():
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             print(f"prefixes are stored in {self.folder}: --cache_gb limits, --no_cache avoids it", file=sys.stderr)
-        part = part.contiguous()
+        part = torch.stack(parts)
         content = ctypes.string_at(part.data_ptr(), part.nbytes)
-        with utils.atomic_write(path, mode=0o600) as temporary:
+        with files.atomic_write(path, mode=0o600) as temporary:
             temporary.write_bytes(self.header(path, content) + content)
 
     def evict(self) -> None:
         """Delete the least recently used files until the others fit in max_bytes, and stale temporary files."""
-        utils.delete_stale(self.folder, ".*.kv.[0-9]*.tmp")
+        files.delete_stale(self.folder, ".*.kv.[0-9]*.tmp")
         used = {}
         for path in self.folder.glob("?" * 64 + ".kv"):
             with suppress(FileNotFoundError):  # another process evicts as well

@@ -82,9 +82,7 @@ def dequantize(weight: Tensor, scale: Tensor | None, minimum: Tensor | None, dty
     return values.flatten(1).to(dtype)
 
 
-def linear(
-    x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None, residual: Tensor | None = None
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None, residual=None) -> Tensor:
     """torch.ops.llama.linear: `x` [..., in] times the transpose of a weight as `dequantize` has it: [..., out].
 
     `residual` [..., out] is added to the rounded product.
@@ -253,17 +251,18 @@ class Transformer(nn.Module):
         self.output = Linear(args.dim, args.vocab_size)
         self.rope: Tensor | None = None  # no buffer, so that .to(dtype) leaves it in float32; see make_cache
 
-    def make_cache(self, max_seq_length: int, batch: int = 1) -> Tensor:
-        """An empty KV cache [n_layer, 2, batch, n_kv_head, max_seq_length, head_dim], and the RoPE table.
+    def make_cache(self, positions: int, batch: int = 1) -> list[Tensor]:
+        """An empty KV cache, [2, batch, n_kv_head, positions, head_dim] for each layer, and the RoPE table."""
+        self.extend_rope(positions)
+        shape = 2, batch, self.args.n_kv_head, positions, self.args.head_dim
+        return [self.tok_embeddings.weight.new_empty(shape) for _ in self.layers]
 
-        On a CPU, memory is taken when a position is written: an unused tail costs nothing.
-        """
-        weight = self.tok_embeddings.weight
-        if self.rope is None or len(self.rope) < max_seq_length:
-            self.rope = rope_table(self.args, max_seq_length).to(weight.device)
-        return weight.new_empty(self.args.n_layer, 2, batch, self.args.n_kv_head, max_seq_length, self.args.head_dim)
+    def extend_rope(self, positions: int) -> None:
+        """Make the RoPE table for at least `positions` positions."""
+        if self.rope is None or len(self.rope) < positions:
+            self.rope = rope_table(self.args, positions).to(self.tok_embeddings.weight.device)
 
-    def forward(self, tokens: Tensor, input_pos: Tensor, cache: Tensor, last_only: bool = False) -> Tensor:
+    def forward(self, tokens: Tensor, input_pos: Tensor, cache: list[Tensor], last_only: bool = False) -> Tensor:
         """Logits [B, S, vocab_size] of `tokens` [B, S] at the consecutive positions `input_pos` [S].
 
         With `last_only` those of the last one, [B, 1, vocab_size]. Keys and values are written to `cache`.

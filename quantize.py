@@ -18,17 +18,9 @@ import utils
 import torch
 from torch import Tensor
 
-from checkpoint import (
-    DEVICES,
-    GROUPSIZES,
-    Checkpoint,
-    bits_and_groupsize,
-    empty_model,
-    load_model,
-    new_checkpoint,
-    read_checkpoint,
-)
+from checkpoint import DEVICES, GROUPSIZES, Checkpoint, bits_and_groupsize, empty_model, load_model, read_checkpoint
 from model import Linear, rope_table
+from scripts.files import new_checkpoint
 
 ROUND_SIZE = {"cpu": 2**21, "cuda": 2**26}  # weights rounded at a time: long columns, so that Python costs little
 FIT_SIZE = {"cpu": 2**20, "cuda": 2**26}  # weights fitted at a time: they stay in the cache, or fill a GPU
@@ -266,6 +258,15 @@ def quantize(checkpoint: Checkpoint, quantization: dict, device: str, path: Path
             quantize_layer(checkpoint, layer, quantization, stats, device, mapped)
 
 
+def calibration_text(path: Path) -> str | None:
+    """The text of --calibrate; None for "none". ValueError if there is no text."""
+    if path == Path("none"):
+        return None
+    if path == TEXT and not path.exists():  # an installation may lack *.md
+        raise ValueError(f"{TEXT}, the default of --calibrate, is not there: give another text, or none")
+    return utils.read_text(f"@{path}", "--calibrate")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Quantize a checkpoint to 8 or 4 bits, beside it.", allow_abbrev=False)
     add = parser.add_argument
@@ -283,11 +284,12 @@ def main() -> None:
         "--calibrate",
         type=Path,
         default=TEXT,
-        help="calibration text, like the texts that the model will see (README.md)",
+        help="calibration text, like the texts that the model will see (README.md); none rounds each weight by itself: "
+        "seconds instead of minutes, and 3 to 5 times the KL divergence",
     )
     args = parser.parse_args()
     checkpoint = read_checkpoint(args.checkpoint_path)
-    text = utils.read_text(f"@{args.calibrate}", "--calibrate")
+    text = calibration_text(args.calibrate)
     quantization, suffix = {"mode": args.mode}, args.mode
     if args.mode == "int4":
         quantization["groupsize"] = args.groupsize

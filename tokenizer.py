@@ -152,8 +152,8 @@ class Tokenizer:
         self.special_pattern = re.compile(any_of(filter(self.is_special, self.added_tokens)))
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.add_extension("jinja2.ext.loopcontrols")
-        names = {"bos_token": self.bos_token, "eos_token": self.eos_token}
-        environment.globals |= names | {"raise_exception": raise_exception}
+        names = {"bos_token": self.bos_token, "eos_token": self.eos_token, "add_generation_prompt": True}
+        environment.globals |= names | {"tools": None, "documents": None, "raise_exception": raise_exception}
         environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         self.compiled_template = environment.from_string(self.chat_template or "")
 
@@ -172,9 +172,7 @@ class Tokenizer:
         It has no clock, so that the same messages give the same text every day.
         """
         with reading("the chat template", "--raw does without it"):
-            return self.compiled_template.render(
-                messages=messages, add_generation_prompt=True, tools=None, documents=None
-            )
+            return self.compiled_template.render(messages=messages)
 
     def apply_chat_template(self, messages: list[dict]) -> list[int]:
         """Token ids of `render`."""

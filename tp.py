@@ -144,9 +144,8 @@ def load_sharded(checkpoint: Checkpoint, device: str, dtype: torch.dtype, is_dra
     if WORLD_SIZE == 1 or (is_draft and indivisible):
         return load_model(checkpoint, device, dtype)
     if indivisible:
-        raise ValueError(
-            f"{checkpoint.path}: {indivisible[0]} is no multiple of {WORLD_SIZE} ranks: choose another number"
-        )
+        problem = f"{indivisible[0]} is no multiple of {WORLD_SIZE} ranks"
+        raise ValueError(f"{checkpoint.path}: {problem}: choose another number")
     part = replace(args, **{name: size // WORLD_SIZE for name, size in heads.items()})
     model = load_model(replace(checkpoint, args=part), device, dtype, lambda name, tensor: shard(name, tensor, args))
     for layer in model.layers:

@@ -1,4 +1,4 @@
-"""The common parts of the scripts: errors in one line, progress, arguments, files that are written whole.
+"""The common parts of the scripts: errors in one line, progress, arguments.
 
 It knows nothing of models. Scripts import it before torch: it silences a warning, and Ctrl-C ends that import cleanly.
 """
@@ -8,7 +8,6 @@ import math
 import os
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +16,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-STALE_SECONDS = 24 * 3600  # the age of a temporary file that no running process writes any more
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch warns when it is imported; we do not use NumPy
 progress = partial(tqdm, leave=False, disable=None)  # a bar on stderr if that is a terminal
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup ignores it
@@ -118,28 +116,3 @@ def read_text(argument: str, name: str) -> str:
     if not text:
         raise ValueError(f"{name} is empty: give some text in UTF-8")
     return text
-
-
-def delete_stale(folder: Path, pattern: str) -> None:
-    """Delete the temporary files in `folder` that a killed process left: they are older than a day."""
-    for path in folder.glob(pattern):
-        with suppress(OSError):  # another process was faster, or it is a folder
-            if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                path.unlink()
-
-
-@contextmanager
-def atomic_write(path: Path, mode: int = 0o666) -> Iterator[Path]:
-    """Yield a temporary file beside `path`; after the block it replaces `path`, after an exception it is deleted.
-
-    A symbolic link stays a link: its target is replaced. OSError if the file cannot be created.
-    """
-    path = Path(os.path.realpath(path))
-    # A random name, because containers that share a disk may share process ids.
-    temporary = path.with_name(f".{path.name}.{int.from_bytes(os.urandom(6), 'big')}.tmp")
-    try:
-        os.close(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode))
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

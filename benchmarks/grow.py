@@ -17,8 +17,9 @@ import utils
 import torch
 from torch import Tensor
 
-from checkpoint import Checkpoint, empty_model, new_checkpoint, read_checkpoint
+from checkpoint import Checkpoint, empty_model, read_checkpoint
 from model import ModelArgs
+from scripts.files import new_checkpoint
 
 SHAPES = {  # n_layer, dim, n_head, n_kv_head, head_dim, ffn_dim, vocab_size, max_seq_length
     "68m": (2, 768, 12, 12, 64, 3072, 32000, 2048),

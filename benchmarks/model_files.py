@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 
 import tp
-from checkpoint import empty_model, new_checkpoint, read_checkpoint
+from checkpoint import empty_model, read_checkpoint
 from model import ModelArgs
 from quantize import quantize
 from scripts.convert_tokenizer import sentencepiece_tokenizer
+from scripts.files import new_checkpoint
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "tests" / "demo" / "target"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import model
 import sampling
 from kernels import cpu
+from kernels.build import load_library
 
 CUDA_ROWS = 4 * cpu.MAX_ROWS  # attention, norms, SwiGLU and sampling have kernels on CUDA up to here
 
@@ -38,14 +39,20 @@ def cuda_kernels_for(dtype: torch.dtype) -> ModuleType | None:
     return None
 
 
+def compile_kernels(device: str, dtype: torch.dtype) -> None:
+    """Compile kernels/cpu.cpp, or find out if the GPU runs kernels/cuda.py, before an answer waits for it."""
+    if device == "cuda":
+        cuda_kernels_for(dtype)
+    else:
+        load_library()
+
+
 def is_small(x: Tensor, max_rows: int) -> bool:
     """True if x [..., channels] has at most `max_rows` rows."""
     return x.numel() <= max_rows * x.shape[-1]
 
 
-def linear(
-    x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None, residual: Tensor | None = None
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None, residual=None) -> Tensor:
     """torch.ops.llama.linear on CUDA."""
     cuda = cuda_kernels_for(x.dtype)
     if cuda and x.shape[-1] % 32 == 0 and is_small(x, cpu.MAX_ROWS):
@@ -117,13 +124,17 @@ def decode_ahead(engine, token: int, params) -> Iterator[int]:
     So the device never waits for the host. When an answer ends, one pass too many has run; its position is not cached.
     """
     host_samples = torch.empty(2, 1, dtype=torch.int64, pin_memory=True)  # used in turn
-    inputs = torch.tensor([[token], [len(engine.cached_ids)]], device=engine.kv_cache.device)
+    inputs = torch.tensor([[token], [len(engine.cached_ids)]], device=engine.device)
+    engine.reserve(len(engine.cached_ids) + 1)
     samples = engine.start_pass(inputs, params)
     for i in itertools.count():
         host_samples[i % 2].copy_(samples, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
         if len(engine.cached_ids) + 1 < engine.max_seq_length:
+            if len(engine.cached_ids) + 2 > engine.kv_cache[-1].shape[3]:
+                torch.cuda.synchronize()  # because a larger cache drops a graph that may still run
+            engine.reserve(len(engine.cached_ids) + 2)
             inputs = torch.stack([samples.clamp(min=0), inputs[1] + 1])  # -1 means non-finite logits; read() raises
             samples = engine.start_pass(inputs, params)
         copied.synchronize()

@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-import utils
+from scripts import files
 
 FOLDER = Path(__file__).parent  # has cpu.cpp and its headers
 CPUINFO = Path("/proc/cpuinfo")
@@ -42,7 +42,7 @@ def keep(library: Path, path: Path) -> None:
     """Copy a compiled library to `path`, for later runs; an error costs one line."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with utils.atomic_write(path) as temporary:
+        with files.atomic_write(path) as temporary:
             shutil.copyfile(library, temporary)
     except OSError as error:
         print(f"CPU kernels are compiled for this run only: {error}: set XDG_CACHE_HOME to a folder", file=sys.stderr)
@@ -59,6 +59,7 @@ def load_library() -> ctypes.CDLL | None:
             with suppress(OSError):
                 return ctypes.CDLL(str(path))
             print(f"CPU kernels are compiled again, because {path} does not load", file=sys.stderr)
+        print("compiling the CPU kernels, once: some 10 s", file=sys.stderr)
         with tempfile.TemporaryDirectory() as folder:
             library = Path(folder) / "cpu.so"
             compile_library(command, library)

@@ -70,9 +70,7 @@ def kernel_fits(x: Tensor, weight: Tensor, groupsize: int) -> bool:
     return is_stored and x.dtype in (torch.bfloat16, torch.float32) and load_library() is not None
 
 
-def linear(
-    x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None, residual: Tensor | None = None
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None, residual=None) -> Tensor:
     """torch.ops.llama.linear."""
     n_in, n_out = x.shape[-1], len(weight)
     groupsize = 0 if minimum is None else n_in // minimum.shape[1]

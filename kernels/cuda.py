@@ -121,9 +121,7 @@ def _linear_int4(
         _store_sum(tl.sum(acc[r], 1), residual, y, (row + r) * n_out + channel, mask)
 
 
-def linear(
-    x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None, residual: Tensor | None = None
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None, residual=None) -> Tensor:
     """model.linear for contiguous rows x [..., n_in]; n_in is a multiple of 32."""
     n_in, n_out = x.shape[-1], len(weight)
     rows = x.numel() // n_in

@@ -22,9 +22,10 @@ import utils
 import torch
 from torch import Tensor
 
-from checkpoint import empty_model, new_checkpoint
+from checkpoint import empty_model, map_file, map_tensors
 from model import ModelArgs
 from scripts.convert_tokenizer import read_json, read_tokenizer, require
+from scripts.files import new_checkpoint
 
 FORMATS = {"model.safetensors": "model[.-]*safetensors", "pytorch_model.bin": "pytorch_model[.-]*bin"}  # file: shards
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -108,7 +109,7 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(min(length, path.stat().st_size)))
-    data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)[8 + length :]
+    data = map_file(path)[8 + length :]
 
     def read(dtype: str, shape: list[int], data_offsets: list[int]) -> Tensor:
         raw = data[data_offsets[0] : data_offsets[1]].clone()  # aligned
@@ -121,7 +122,10 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
 
 def read_bin(path: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """The same for a torch.save file. One of torch before 1.6 is read into memory as a whole."""
-    content = torch.load(path, mmap=zipfile.is_zipfile(path), weights_only=True, map_location="cpu")
+    if zipfile.is_zipfile(path):
+        content = map_tensors(path, torch.load(path, weights_only=True, map_location="meta"))
+    else:
+        content = torch.load(path, weights_only=True, map_location="cpu")
     for name, tensor in content.items():
         yield str(name), partial(torch.Tensor.detach, tensor)  # because a tensor may be a Parameter
 

@@ -117,7 +117,7 @@ class Eager(Engine):
     @torch.inference_mode()
     def start_pass(self, inputs: torch.Tensor, params: SamplingParams) -> torch.Tensor:
         is_long = inputs.shape[1] > MAX_DECODE_ROWS
-        return step(self.model, inputs.to(self.kv_cache.device), self.kv_cache, params, is_long)
+        return step(self.model, inputs.to(self.device), self.kv_cache, params, is_long)
 
 
 def decoded(ids: list[int]) -> str:

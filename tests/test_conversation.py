@@ -50,7 +50,7 @@ def chat(demo: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dic
 
 def session_of(path: Path, *flags: object) -> Session:
     words = ["--interactive", "--checkpoint_path", path, "--precision", "float32", "--device", "cpu"]
-    return Session(build_parser().parse_args(list(map(str, [*words, "--max_new_tokens", 20, *flags]))))
+    return Session(build_parser().parse_args(list(map(str, [*words, "--max_new_tokens", 20, *flags]))), [])
 
 
 @dataclass
@@ -125,7 +125,7 @@ def assert_one_transcript(session: Session, turns: list[Turn]) -> None:
     for i, turn in enumerate(turns):
         assert turn.prompt == transcript(session, turns[:i], LINES)
         fresh = new_engine(session.engine.model)
-        count = session.args.max_new_tokens
+        count = session.max_new_tokens
         assert turn.answer == generated(fresh, turn.prompt, count, session.params, TOKENIZER.eos_ids), i
         assert turn.text.replace(ESCAPE, "") == text_of(turn.answer)
     for turn, later in pairwise(turns):
@@ -382,7 +382,7 @@ def test_the_ids_equal_the_ids_of_the_chat_template_in_transformers(
     system: str, turns: list[tuple[str, str]], llama_template: Callable
 ) -> None:
     """Llama 2's template, for the same turns and the line that is typed next."""
-    conversation = Conversation(replace(TOKENIZER, chat_template=LLAMA_2_TEMPLATE), 10**6, system)
+    conversation = Conversation(replace(TOKENIZER, chat_template=LLAMA_2_TEMPLATE), 10**6, system, True)
     messages = [{"role": "system", "content": system}] if system else []
     for user, assistant in turns:
         messages.append({"role": "user", "content": user})

@@ -9,17 +9,16 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from utils import STALE_SECONDS
-
 import pytest
 import torch
 from bad_input_cases import CONFIG, LLAMA_3_ROPE
 from conftest import DEMO, ROOT, TOKENIZER, generated, make_params, new_engine
 
-from checkpoint import load_model, new_checkpoint, read_checkpoint
+from checkpoint import load_model, read_checkpoint
 from model import ModelArgs
 from scripts.convert_hf_checkpoint import convert, model_args, read_weights
 from scripts.convert_tokenizer import read_tokenizer
+from scripts.files import STALE_SECONDS, new_checkpoint
 from tokenizer import Tokenizer
 
 

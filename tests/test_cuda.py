@@ -8,7 +8,6 @@ for the device.
 import functools
 import json
 import os
-import re
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -716,7 +715,7 @@ def test_the_command_line_on_a_card(demo, more: list[str]) -> None:
         done = run_cli(
             script, "--checkpoint_path", demo["int4"], "--device", "cuda", "--prompt", "def read_file(", *more
         )
-        assert done.stdout and re.search(r"Peak memory: [\d.]+ GB \(CUDA\)", done.stderr)
+        assert done.stdout and "Decode: " in done.stderr
 
 
 @needs_cuda

@@ -13,8 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import utils
-
 import pytest
 import torch
 from conftest import ROOT, generated, make_params, new_engine, random_model
@@ -27,6 +25,7 @@ from generate import Engine
 from generate_prefill import BLOCK_SIZE, PrefixCache
 from model import ModelArgs, Transformer
 from sampling import SamplingParams
+from scripts.files import atomic_write
 from speculation import PromptLookup, Speculation
 
 ARGS = ModelArgs(32, 2, 4, 2, 8, 48, 97, 1e-5, 10000.0, 1.0, 256)
@@ -351,7 +350,7 @@ def test_temporary_files_of_killed_processes_are_deleted_when_a_day_old(tmp_path
         path = folder / f".{'ab' * 32}.kv.{age}.tmp"
         path.write_bytes(PrefixCache.MAGIC)
         os.utime(path, (time.time() - age, time.time() - age))
-    with utils.atomic_write(folder / ("cd" * 32 + ".kv")) as writing:
+    with atomic_write(folder / ("cd" * 32 + ".kv")) as writing:
         answer(cached_engine(tmp_path), A)
         left = {path.name for path in folder.glob(".*")} - {writing.name}
         assert writing.exists()
@@ -365,7 +364,7 @@ def test_a_folder_that_cannot_be_written_costs_one_line(failure: OSError, tmp_pa
     def fail(*_, **__) -> None:
         raise failure
 
-    monkeypatch.setattr(utils, "atomic_write", fail)
+    monkeypatch.setattr("scripts.files.atomic_write", fail)
     (tmp_path / "llama_prefixes").mkdir()
     engine = cached_engine(tmp_path)
     for prompt in (A, A[:50], [3] * 60):

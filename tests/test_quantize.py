@@ -20,9 +20,10 @@ from conftest import DEMO, ROOT, TOKENIZER, decoded, generated, make_params, new
 from demo.train import is_held_out
 
 from benchmarks.quality import MODES, bits_per_weight, compare, possible
-from checkpoint import GROUPSIZES, load_model, new_checkpoint, read_checkpoint
+from checkpoint import GROUPSIZES, load_model, read_checkpoint
 from model import Linear, ModelArgs, dequantize
 from quantize import TEXT, InputStats, analyze, calibrate, quantize, quantize_int4, quantize_int8
+from scripts.files import new_checkpoint
 
 slow = pytest.mark.slow
 PROMPT = [*TOKENIZER.bos_ids, *TOKENIZER.encode("The return value is")]

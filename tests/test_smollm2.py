@@ -73,7 +73,7 @@ def theirs(folder: Path) -> Callable:
 
 
 def conversation(checkpoint: Checkpoint) -> Conversation:
-    return Conversation(checkpoint.tokenizer, checkpoint.args.max_seq_length)
+    return Conversation(checkpoint.tokenizer, checkpoint.args.max_seq_length, "", True)
 
 
 def test_ids_equal_the_ids_of_the_library(folder: Path, checkpoint: Checkpoint) -> None:

@@ -19,9 +19,10 @@ from conftest import ROOT, TOKENIZER, assert_close
 
 import tp
 from benchmarks.grow import shape_args
-from checkpoint import GROUPSIZES, empty_model, new_checkpoint, read_checkpoint
+from checkpoint import GROUPSIZES, empty_model, read_checkpoint
 from model import ModelArgs
 from quantize import quantize
+from scripts.files import new_checkpoint
 
 TEXT = "def read_file(path):\n    with open(path) as file:\n        return file.read()\n\n\ndef write_file("
 GQA = ModelArgs(256, 2, 8, 4, 128, 1024, 2048, 1e-5, 10000.0, 1.0, 512)
