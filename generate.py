@@ -75,8 +75,8 @@ class Engine:
             return
         capacity = max(positions, min(max(2 * self.kv_cache[-1].shape[3], MIN_CAPACITY), self.max_seq_length))
         getattr(self.decode_step, "graphs", {}).clear()  # a captured step keeps the cache that it was captured with
-        self.model.extend_rope(capacity)
         try:
+            self.model.extend_rope(capacity)
             for i, old in enumerate(self.kv_cache):
                 new = old.new_empty(*old.shape[:3], capacity, old.shape[4])
                 new[:, :, :, : old.shape[3]] = old

@@ -71,6 +71,7 @@ class Ours(Program):
         checkpoint = read_checkpoint(Path(path))
         self.vocab_size = checkpoint.args.vocab_size
         self.engine = Engine(load_model(checkpoint, device, torch.bfloat16), positions)
+        self.engine.reserve(positions)  # so that it does not grow while it is measured
         self.params = SamplingParams.create(device, 1, 0.8)
         bits, _ = bits_and_groupsize("wo", checkpoint.header["quantization"])
         if device == "cuda" and bits > 4:

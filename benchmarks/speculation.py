@@ -32,7 +32,9 @@ def load(path: Path) -> Engine:
     """An engine for the checkpoint at `path`, in bfloat16 on a CPU."""
     checkpoint = read_checkpoint(path)
     model = load_model(checkpoint, "cpu", torch.bfloat16)
-    return Engine(model, checkpoint.args.max_seq_length, checkpoint)
+    engine = Engine(model, checkpoint.args.max_seq_length, checkpoint)
+    engine.reserve(engine.max_seq_length)  # so that it does not grow while it is measured
+    return engine
 
 
 def new_speculation(source: str, draft: Engine | None) -> Speculation | None:

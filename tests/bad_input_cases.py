@@ -391,7 +391,9 @@ MACHINE = {
     "draft missing": Case(DRAFT, f"draft.pth: No such file ... {OURS}"),
     "draft of another vocabulary": Case(DRAFT, "draft.pth has another vocabulary: choose a draft", other_draft),
     "no memory": Case(
-        f"ulimit -v 64000000; {GENERATE}", "not enough memory ... quantize it", shape(max_seq_length=10**9)
+        f"ulimit -v 64000000; {GENERATE} --max_new_tokens 1000000000",
+        "no memory for a KV cache of 1000000000 positions: choose a smaller --context",
+        shape(max_seq_length=10**9),
     ),
     "no compiler": Case(
         f"CXX=/no/such/g++ {GENERATE} {F32} --compile_prefill",
@@ -648,7 +650,7 @@ WEIGHTS = {  # the lines of the converter about the weights
     ),
     "bin a list": (f"pytorch_model.bin: ... {DOWNLOAD}", bin_file(lambda folder: [1, 2])),
     "bin without tensors": (
-        "its file is cut short or damaged: download it again",
+        "cut short, damaged or no file of weights: download it again",
         bin_file(lambda folder: dict.fromkeys(SHAPES, 3)),
     ),
     "bin without names": ("3 in ... is of no layer", bin_file(lambda folder: {3: torch.ones(3)})),
@@ -763,7 +765,8 @@ USAGE |= {
         "an unknown flag": (f"{GENERATE} --no_such_flag", "unrecognized arguments: --no_such_flag"),
         "no CUDA": (f"{GENERATE} --device cuda", "argument --device: invalid choice: 'cuda' (choose from", *NO_CUDA),
         "no checkpoint": ("python generate.py", "the following arguments are required: --checkpoint_path"),
-        "a context, which is --system now": (f"{PREFILL} --context a", "unrecognized arguments: --context a"),
+        "a context that is no number": (f"{PREFILL} --context a", "argument --context: a: must be from 1 to inf (int)"),
+        "no context": (f"{GENERATE} --context 0", "argument --context: 0: must be from 1 to inf (int)"),
         "no room for prefixes": (f"{PREFILL} --cache_gb 0", "argument --cache_gb: 0: must be from 0.001 to"),
         "quantize, mode": (f"{QUANTIZE} --mode int3", "argument --mode: invalid choice: 'int3' (choose from"),
         "quantize, group size": (
@@ -795,12 +798,9 @@ PROMPT_FILES = all_of(
 )
 ANSWERS = {"status": 0, "shows": "Stopped"}
 UNUSUAL = {
-    "one token": Case(f"{GENERATE} --max_new_tokens 1", status=0, shows="(1 tokens ... Stopped: max_new_tokens 1"),
+    "one token": Case(f"{GENERATE} --max_new_tokens 1", status=0, shows="(1 tokens ... Stopped: limit of 1 tokens"),
     "the context is full": Case(
-        f"{GENERATE} --prompt -",
-        status=0,
-        stdin=FULL.encode(),
-        shows="(1 tokens ... Stopped: context of 64 tokens is full",
+        f"{GENERATE} --prompt -", status=0, stdin=FULL.encode(), shows="(1 tokens ... Stopped: limit of 1 tokens"
     ),
     "more of the top than there are": Case(f"{GENERATE} --top_k 1000000", **ANSWERS),
     "last seed": Case(f"{GENERATE} --num_samples 2 --seed 2147483647", **ANSWERS),
@@ -825,6 +825,7 @@ UNUSUAL = {
     "a locale without UTF-8": Case(f"{OLD_LOCALE} {GENERATE} --prompt caf\u00e9", status=0, shows="Prompt tokens: 7 "),
     "a conversation in it": Case(
         f"{OLD_LOCALE} {GENERATE} --interactive --max_new_tokens 1",
+        "the answer was cut at its limit of 1 tokens: /clear starts anew",
         status=0,
         stdin=b"caf\xc3\xa9\n/stats",
         shows="Prompt tokens: 7 ",
@@ -838,8 +839,8 @@ UNUSUAL = {
         f"{GENERATE} --interactive --max_new_tokens 1",
         f"the line: ... {UTF8}",
         status=0,
-        stdin=b"caf\xe9\na\n/stats",
-        shows="Stopped",
+        stdin=b"caf\xe9\n/stats",
+        shows="no answer yet",
     ),
     "a conversation with NaN": Case(
         f"{GENERATE} --interactive", "not finite: try", norm(torch.full((64,), torch.nan)), status=0, stdin=b"a"

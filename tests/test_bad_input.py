@@ -35,7 +35,8 @@ SECONDS = 100  # a process that takes longer hangs
 CALLED = re.compile(r"python [^<>|;&=(]*")  # a command that needs no shell
 FIGURES = re.compile(
     r"(Memory|Load time|Prompt tokens|Time to first token|Prefill|Decode|Weights read|Stopped): .*"
-    r"|wrote .*|no answer yet|usage: .*| {7}.*"  # the usage goes on in lines with a margin
+    r"|compiling the CPU kernels, once: .*|wrote .*|no answer yet"
+    r"|usage: .*| {7}.*"  # the usage goes on in lines with a margin
 )
 HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
 Ended = tuple[int, bytes, str]  # exit status, stdout, stderr

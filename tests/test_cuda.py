@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+import generate as generate_module
 import kernels
 from checkpoint import load_model, read_checkpoint
 from generate import Engine
@@ -694,6 +695,27 @@ def test_every_number_of_rows_is_captured_and_equals_the_eager_step(demo) -> Non
             inputs = torch.stack([torch.tensor(ids), positions]).cuda()
             assert engine.forward(ids, params) == eager.start_pass(inputs, params).tolist()
     assert all(engine.decode_step.graphs[rows].replayable for rows in range(1, 17))
+
+
+@needs_cuda
+@pytest.mark.cuda
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_cache_that_grows_gives_the_same_text(demo, compiled: bool, monkeypatch) -> None:
+    """Several times in the middle of an answer, while the host is a step behind; nothing is compiled anew."""
+    torch._dynamo.reset()
+    params = sampled(3, 0.8)
+    engine = on_card(demo["target"], torch.bfloat16)
+    if compiled:
+        engine.compile(True, True, params)
+    engine.reserve(512)
+    expected = generated(engine, PROMPT * 3, 300, params)
+    monkeypatch.setattr(generate_module, "MIN_CAPACITY", 32)
+    growing = on_card(demo["target"], torch.bfloat16)
+    if compiled:
+        growing.compile(True, True, params)
+        monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    assert generated(growing, PROMPT * 3, 300, params) == expected
+    assert growing.kv_cache[0].shape[3] > 256
 
 
 @needs_cuda

@@ -134,7 +134,8 @@ def test_two_conversations_on_one_model_do_not_disturb_each_other(target) -> Non
 def test_cached_values_after_the_position_do_not_matter(target) -> None:
     tokens, pos = torch.randint(3, 2048, (1, 20), generator=torch.Generator().manual_seed(5)), torch.arange(20)
     clean, dirty = target.make_cache(32), target.make_cache(700)
-    dirty.fill_(float("nan"))
+    for layer in dirty:
+        layer.fill_(float("nan"))
     assert torch.equal(target(tokens, pos, clean), target(tokens, pos, dirty))
 
 

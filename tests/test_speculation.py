@@ -207,7 +207,10 @@ def test_a_draft_whose_context_is_full_costs_nothing(models: dict[str, Transform
     """From there on it neither compares the text nor looks for prefixes."""
     draft = new_engine(random_model(replace(models["draft"].args, max_seq_length=64)))
     draft.match_prefix = None
-    assert draft.draft(PROMPT * 9, 5, make_params()) == []
+    prompt, target = PROMPT * 9, models["draft"]
+    assert len(prompt) > draft.max_seq_length
+    found = generated(new_engine(target), prompt, 5, make_params(), speculation=Speculation(draft, 5))
+    assert found == generated(new_engine(target), prompt, 5, make_params())
 
 
 def test_one_speculation_serves_many_answers(target: Transformer, models: dict[str, Transformer]) -> None:
