@@ -71,8 +71,8 @@ def chat(session, conversation: Conversation) -> None:
     if sys.stdin.isatty():
         with suppress(ImportError):  # gives input() line editing and a history
             import readline  # noqa: F401, PLC0415
-        print("/clear starts anew, /stats shows the last answer's figures, Ctrl-D leaves", file=sys.stderr)
-    while (line := tp.from_rank(read_line)) is not None:
+        print("/clear starts anew, /stats shows the last answer's figures, /exit or Ctrl-D leaves", file=sys.stderr)
+    while (line := tp.from_rank(read_line)) not in (None, "/exit", "/quit", "/bye"):
         try:
             if line == "/clear":
                 conversation.clear()

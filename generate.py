@@ -214,9 +214,8 @@ def generate(engine: Engine, prompt: list[int], max_new_tokens: int, eos_ids, pa
                 decoded = decoded or engine.decode(token, params)
                 tokens = [next(decoded)]
     finally:
-        for each in (engine, draft):
-            if each:
-                each.save(ids)
+        for each in filter(None, (engine, draft)):
+            each.save(ids)
 
 
 class Session:
@@ -231,7 +230,7 @@ class Session:
         self.prefix_cache = prefix_cache
         self.system = tp.from_rank(lambda: utils.read_text(args.system, "--system") if args.system else "")
         with utils.reading("--stop", "give some text in UTF-8"):
-            self.stops = [text.encode().decode() for text in args.stop]
+            self.stops = [text.encode().decode().replace(r"\n", "\n").replace(r"\t", "\t") for text in args.stop]
         checkpoint = read_checkpoint(args.checkpoint_path)
         self.tokenizer = checkpoint.tokenizer
         self.max_seq_length = min(args.context or math.inf, checkpoint.args.max_seq_length)
@@ -340,14 +339,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Generate text from a checkpoint.", allow_abbrev=False)
     add = parser.add_argument
     add("--checkpoint_path", type=Path, required=True, help="model.pth, or a file that quantize.py wrote")
-    add("--prompt", action="append", help='text to continue, @FILE, or "-" for standard input; may be repeated')
-    add("--interactive", action="store_true", help="hold a conversation: each line of standard input is a prompt")
+    prompts = parser.add_mutually_exclusive_group().add_argument
+    prompts("--prompt", action="append", help='text to continue, @FILE, or "-" for standard input; may be repeated')
+    prompts("--interactive", action="store_true", help="hold a conversation: each line of standard input is a prompt")
     add("--system", help="text or @FILE that comes first; for a chat model, its system prompt")
     add("--raw", action="store_true", help="continue the text as it is, without the chat template")
     add("--num_samples", type=number(1), default=1, help="answers to each prompt; answer i uses seed + i (1)")
     add("--max_new_tokens", type=number(1), help="longest answer, in tokens (200; in a conversation, the context)")
     add("--context", type=number(1), help="most tokens of prompt and answer together (those that the model allows)")
-    add("--stop", action="append", default=[], help="end the answer before this text; may be repeated")
+    add("--stop", action="append", default=[], help=r"end the answer before this text; \n is a line end; repeatable")
     add("--temperature", type=number(0, 1e30, float), default=0.8, help="sampling temperature; 0 is greedy (0.8)")
     add("--top_k", type=number(1), help="sample from the K most likely tokens (all)")
     add("--top_p", type=number(1e-6, 1, float), help="nucleus: the most likely tokens whose probabilities sum to P (1)")

@@ -171,7 +171,7 @@ class Tokenizer:
 
         It has no clock, so that the same messages give the same text every day.
         """
-        with reading("the chat template", "--raw does without it"):
+        with reading("the chat template", "leave out --system, or the template by --raw"):
             return self.compiled_template.render(messages=messages)
 
     def apply_chat_template(self, messages: list[dict]) -> list[int]:

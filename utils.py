@@ -41,7 +41,7 @@ def exit_status(main: Callable[[], None], errors: object = None, cause: str = ""
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         message = " ".join(str(error).split())
         if isinstance(error, MemoryError) or "allocate memory" in message or "out of memory" in message:
-            message = "there is not enough memory for this model and its context: quantize it, or use a smaller one"
+            message = "there is not enough memory: a smaller or quantized model, or a shorter --context, takes less"
         elif isinstance(error, RuntimeError):
             if not cause and "CUDA" not in message:
                 raise

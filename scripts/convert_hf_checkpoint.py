@@ -24,7 +24,7 @@ from torch import Tensor
 
 from checkpoint import empty_model, map_file, map_tensors
 from model import ModelArgs
-from scripts.convert_tokenizer import read_json, read_tokenizer, require
+from scripts.convert_tokenizer import read_optional_json, read_tokenizer, require
 from scripts.files import new_checkpoint
 
 FORMATS = {"model.safetensors": "model[.-]*safetensors", "pytorch_model.bin": "pytorch_model[.-]*bin"}  # file: shards
@@ -58,8 +58,10 @@ def model_args(config: dict) -> ModelArgs:
     positions = config.get("max_position_embeddings", 2048)  # transformers' default
     if rope_type == "linear":  # FastChat's models have the scaled number in a field of their own
         positions = max(positions, config.get("max_sequence_length", 0))
-    if config["model_type"] == "mistral" and (config.get("sliding_window", 4096) or positions) < positions:
-        raise ValueError(f"a sliding_window that is less than {positions} positions is not supported")
+    window = config.get("sliding_window", 4096) if config["model_type"] == "mistral" else None
+    if window is not None and window < positions:
+        print(f"context: {window} of {positions} positions, because of the sliding_window", file=sys.stderr)
+        positions = window
     args = ModelArgs(
         dim=config["hidden_size"],
         n_layer=config["num_hidden_layers"],
@@ -131,12 +133,16 @@ def read_bin(path: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of weights in `folder`: those in an index, or else all files of the first format that is there."""
+    """The files of weights in `folder`, in the first format that is there: one whole file, as transformers prefers it,
+    or the shards in an index, or all shards.
+    """
     for whole, pattern in FORMATS.items():
+        if (folder / whole).exists():
+            return [folder / whole]
         index = folder / f"{whole}.index.json"
         if index.exists():
             with utils.reading(index, "download it again"):
-                return [folder / name for name in set(json.loads(index.read_bytes())["weight_map"].values())]
+                return sorted(folder / name for name in set(json.loads(index.read_bytes())["weight_map"].values()))
         if found := sorted(folder.glob(pattern)):
             return found
     raise ValueError(f"{folder} has no weights in safetensors or .bin: download it again")
@@ -144,8 +150,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 def read_weights(folder: Path) -> dict[str, Callable[[], Tensor]]:
     """A function that reads each tensor, by Hugging Face's name. Nothing is in memory yet."""
-    readers = {}
-    for path in weight_files(folder):
+    readers, paths = {}, weight_files(folder)
+    others = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    print(f"reading {paths[0]}{others}", file=sys.stderr)
+    for path in paths:
         with utils.reading(path, "cut short, damaged or no file of weights: download it again"):
             for name, read in read_safetensors(path) if path.suffix == ".safetensors" else read_bin(path):
                 if name in readers:
@@ -186,7 +194,7 @@ def convert(folder: Path, precision: str) -> Path:
         config = json.loads((folder / "config.json").read_bytes())
         args = model_args(config)
         tensors = empty_model(args, None, getattr(torch, precision)).to_empty(device="cpu").state_dict()
-        ids = eos_ids(config) | eos_ids(read_json(folder / "generation_config.json"))
+        ids = eos_ids(config) | eos_ids(read_optional_json(folder / "generation_config.json"))
     tokenizer = read_tokenizer(folder, args.vocab_size, ids)
     if tokenizer.vocab_size > args.vocab_size:
         problem = f"{tokenizer.vocab_size} tokens, but config.json has a vocab_size of {args.vocab_size}"
@@ -200,6 +208,8 @@ def convert(folder: Path, precision: str) -> Path:
         needed -= absent
     for name in sorted(needed ^ readers.keys()):
         problem = "is missing: download it again" if name in needed else "is of no layer that config.json has"
+        if name == "lm_head.weight":
+            problem = "is missing: if it is the embeddings, set tie_word_embeddings to true in config.json"
         raise ValueError(f"{name} in {folder} {problem}")
     header = {"config": asdict(args), "quantization": None, "tokenizer": asdict(tokenizer)}
     with new_checkpoint(folder / "model.pth", header, tensors) as mapped:

@@ -2,11 +2,11 @@
 
 import json
 import re
+import sys
 from dataclasses import replace
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from sys import maxunicode
 from unicodedata import category
 
 import utils
@@ -22,6 +22,15 @@ CONTROL = 3  # a type of sentencepiece's pieces
 MODEL = {"type": ["BPE", None]} | dict.fromkeys(["dropout", "byte_fallback"], [None, False])
 MODEL |= dict.fromkeys(["continuing_subword_prefix", "end_of_word_suffix"], [None, ""])
 ADDED = dict.fromkeys(["single_word", "lstrip", "rstrip"], [None, False])
+# Put before a chat template whose messages have a list of typed parts as their content.
+TYPED_CONTENT = """{%- set typed = namespace(messages=[]) %}
+{%- for message in messages %}
+{%- set content = [{"type": "text", "text": message.content}] %}
+{%- set typed.messages = typed.messages + [dict(message, content=content)] %}
+{%- endfor %}
+{%- set messages = typed.messages -%}
+"""
+MARKER = "marker"  # the text of a message by which a template is tried
 
 
 def require(settings: dict, supported: dict[str, list]) -> None:
@@ -31,10 +40,24 @@ def require(settings: dict, supported: dict[str, list]) -> None:
             raise ValueError(f"{key} = {settings[key]!r} is not supported: this program runs plain Llama models")
 
 
+def without_null(fields: dict) -> dict:
+    """The fields of a JSON object that have a value, because null is the same as no field."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
 def read_json(path: Path) -> dict:
-    """The content of a JSON file; {} if there is no file."""
+    """The content of a JSON file, without null; {} if there is no file."""
     with utils.reading(path, "download it again"):
-        return dict(json.loads(path.read_bytes())) if path.exists() else {}
+        return dict(json.loads(path.read_bytes(), object_hook=without_null)) if path.exists() else {}
+
+
+def read_optional_json(path: Path) -> dict:
+    """The same for a file that a model can do without: {}, and a line on stderr, if it is damaged."""
+    try:
+        return read_json(path)
+    except ValueError as error:
+        print(f"{error}; until then it is not used", file=sys.stderr)
+        return {}
 
 
 @cache
@@ -43,7 +66,7 @@ def class_characters(name: str) -> str:
     if name == r"\s":
         return SPACE
     ranges = ""
-    for is_member, run in groupby(range(maxunicode + 1), lambda code: category(chr(code)).startswith(name[3:-1])):
+    for is_member, run in groupby(range(sys.maxunicode + 1), lambda code: category(chr(code)).startswith(name[3:-1])):
         if is_member:
             codes = list(run)
             ranges += f"\\U{codes[0]:08x}-\\U{codes[-1]:08x}"
@@ -173,6 +196,39 @@ def read_chat_template(folder: Path, config: dict) -> str | None:
     return re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", template)
 
 
+def with_special_tokens(template: str, config: dict) -> str:
+    """A chat template that sets the special tokens of the repository that it uses, beside BOS and EOS."""
+    for name in ("unk_token", "pad_token", "sep_token", "cls_token", "mask_token"):
+        if re.search(rf"\b{name}\b", template) and named_token(config, name):
+            template = f"{{%- set {name} = {json.dumps(named_token(config, name))} -%}}\n{template}"
+    return template
+
+
+def rendered(tokenizer: Tokenizer, messages: list[dict]) -> str | None:
+    """The chat template of `messages`; None if it refuses them."""
+    try:
+        return tokenizer.compiled_template.render(messages=messages, add_generation_prompt=False)
+    except Exception:  # a template may raise anything; an answer prints it
+        return None
+
+
+def with_template(plain: Tokenizer, template: str) -> Tokenizer:
+    """The tokenizer with a chat template. ValueError if the template shows nothing of a question.
+
+    An added token that it puts after an answer ends answers, too: early Llama 3 Instruct names it nowhere else.
+    """
+    question = [{"role": "user", "content": MARKER}]
+    candidates = [replace(plain, chat_template=text) for text in (template, TYPED_CONTENT + template)]
+    texts = [rendered(candidate, question) for candidate in candidates]
+    if any(texts) and MARKER not in "".join(text or "" for text in texts):
+        raise ValueError("it does not show a question")
+    tokenizer = candidates[1] if MARKER not in (texts[0] or "") and MARKER in (texts[1] or "") else candidates[0]
+    answered = rendered(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARKER}]) or ""
+    end = tokenizer.added_pattern.match(answered.rpartition(MARKER)[2].lstrip()) if MARKER in answered else None
+    eos_ids = {*tokenizer.eos_ids, tokenizer.added_tokens[end[0]]} if end else tokenizer.eos_ids
+    return replace(tokenizer, eos_ids=sorted(eos_ids))
+
+
 def read_fields(folder: Path, config: dict, vocab_size: int, eos_ids: set[int]) -> Tokenizer:
     """The tokenizer without its chat template, from tokenizer_config.json and the other files in `folder`."""
     tokenizer_json = read_json(folder / "tokenizer.json")
@@ -207,9 +263,11 @@ def read_fields(folder: Path, config: dict, vocab_size: int, eos_ids: set[int]) 
 def read_tokenizer(folder: Path, vocab_size: int, eos_ids: set[int]) -> Tokenizer:
     """The tokenizer in `folder`, of a model of that `vocab_size`. Answers end at `eos_ids` and at its own EOS."""
     with utils.reading(folder, "the files of its tokenizer are damaged: download them again"):
-        config = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
+        config = read_optional_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
         template = read_chat_template(folder, config)
         plain = read_fields(folder, config, vocab_size, eos_ids)
+    if template is None:
+        return plain
     with utils.reading("the chat template", "mend or delete it"):
-        (template or "").encode()  # ValueError for a lone surrogate
-        return replace(plain, chat_template=template)
+        template.encode()  # ValueError for a lone surrogate
+        return with_template(plain, with_special_tokens(template, config))

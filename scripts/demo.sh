@@ -2,7 +2,7 @@
 # From a fresh clone to streamed text, without a download: the environment, the bundled checkpoint, generate.py.
 # Further arguments go to generate.py.
 set -euo pipefail
-. "$(dirname "$0")/environment.sh" requirements.txt
+. "$(dirname "$(readlink -f "$0")")/environment.sh" requirements.txt
 model=checkpoints/demo/target/model.pth
 if [ ! -f "$model" ]; then
     mkdir -p checkpoints/demo

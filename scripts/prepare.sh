@@ -31,6 +31,18 @@ give_up() {
     exit 1
 }
 
+# Link the files of repository $1 that lie in the hub's own cache. Fails if there are none.
+take_from_cache() {
+    local cached
+    cached=$(python -c '
+import sys
+from huggingface_hub import snapshot_download
+print(snapshot_download(sys.argv[1], local_files_only=True))' "$1" 2> /dev/null) || return 1
+    mkdir -p "checkpoints/$1"
+    cp -rsf "$(readlink -f "$cached")/." "checkpoints/$1"
+    echo "the hub cannot be reached: taking $1 from its cache, $cached" >&2
+}
+
 # Say that repository $1 has no $2, without which it cannot be converted.
 refuse() {
     echo "$1 has no $2: only Llama models in Hugging Face's layout will do" >&2
@@ -42,7 +54,7 @@ download() {
     local said name
     local small=(config.json generation_config.json tokenizer.model tokenizer.json tokenizer_config.json
         added_tokens.json special_tokens_map.json chat_template.jinja model.safetensors.index.json pytorch_model.bin.index.json)
-    said=$(hf_download "$1" "${small[@]/#/--include=}" 2>&1) || give_up "$1" "$said"
+    said=$(hf_download "$1" "${small[@]/#/--include=}" 2>&1) || { take_from_cache "$1" && return; } || give_up "$1" "$said"
     [ -f "checkpoints/$1/config.json" ] || refuse "$1" config.json
     [ -f "checkpoints/$1/tokenizer.model" ] || [ -f "checkpoints/$1/tokenizer.json" ] ||
         refuse "$1" "tokenizer.model or tokenizer.json"
@@ -57,7 +69,7 @@ download() {
     refuse "$1" "weights in safetensors or .bin"
 }
 
-here=$(cd "$(dirname "$0")/.." && pwd)
+here=$(cd "$(dirname "$(readlink -f "$0")")/.." && pwd)
 if [ -d "$1" ]; then
     folder=$(cd "$1" && pwd)
     cd "$here"

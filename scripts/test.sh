@@ -3,7 +3,7 @@
 # CUDA run on a GPU where there is one.
 # Further arguments go to pytest.
 set -euo pipefail
-. "$(dirname "$0")/environment.sh" requirements.txt tests/requirements.txt
+. "$(dirname "$(readlink -f "$0")")/environment.sh" requirements.txt tests/requirements.txt
 ruff check .
 ruff format --check .
 selection=(-m "not slow")

@@ -453,14 +453,6 @@ CONFIG_JSON = {  # the lines of the converter about config.json
     "num_key_value_heads no divisor": ("n_head must be a multiple of n_kv_head", config(num_key_value_heads=3)),
     "rope_theta a list": (f"rope_theta = [1] in the config: it {POSITIVE}", config(rope_theta=[1])),
     "model_type": ("model_type = 'qwen2' is not supported: this program runs plain Llama", config(model_type="qwen2")),
-    "a window that binds": (
-        "a sliding_window that is less than 64 positions is not supported",
-        config(model_type="mistral", sliding_window=32),
-    ),
-    "a window that is not named": (
-        "a sliding_window that is less than 32768 positions is not supported",
-        config(model_type="mistral", max_position_embeddings=32768),
-    ),
     **{
         f"eos_token_id {value!r}": ("it must be a number or a list of numbers", config(eos_token_id=value))
         for value in ("</s>", [2, None], 2.5, {"id": 2})
@@ -510,7 +502,7 @@ TOKENIZER = {  # the lines of the converter about the tokenizer's files
     "no token to begin with": ("the ids of BOS and EOS are [-1, 2]", lambda folder: write_tokenizer(folder, bos_id=-1)),
     **{
         f"{name} cut short": (f"{name}: JSONDecodeError: ... download it again", write(name, '{"a'))
-        for name in ("tokenizer_config.json", "tokenizer.json", "added_tokens.json", "generation_config.json")
+        for name in ("tokenizer_config.json", "tokenizer.json", "added_tokens.json")
     },
     "tokenizer_config a list": ("tokenizer_config.json: ... download it again", write("tokenizer_config.json", "[1]")),
     "a template of no Jinja": (
@@ -520,6 +512,10 @@ TOKENIZER = {  # the lines of the converter about the tokenizer's files
     "a template of another engine's": (
         "the chat template: TemplateSyntaxError: Encountered unknown tag 'think' ... mend or delete it",
         write("chat_template.jinja", "{% think %}{% endthink %}"),
+    ),
+    "a template without the question": (
+        "the chat template: it does not show a question",
+        write("chat_template.jinja", "hello"),
     ),
     "a template that is not text": (
         f"'utf-8' codec can't decode ... {TOKENIZER_FILES}",
@@ -538,7 +534,7 @@ TOKENIZER = {  # the lines of the converter about the tokenizer's files
     "byte_fallback": ("byte_fallback = True is not supported", byte_level(model={"byte_fallback": True})),
     "dropout": ("dropout = 0.1 is not supported", byte_level(model={"dropout": 0.1})),
     "a normalizer": ("normalizer = {'type': 'NFC'} is not supported", byte_level(normalizer={"type": "NFC"})),
-    "no pre-tokenizer": (f"tokenizer.json: AttributeError: ... {PIECES}", byte_level(pre_tokenizer=None)),
+    "no pre-tokenizer": (f"tokenizer.json: KeyError: 'pre_tokenizer'; {PIECES}", byte_level(pre_tokenizer=None)),
     "a pre-tokenizer with ByteLevel before its end": (
         "is not supported: ByteLevel must be its end",
         byte_level(pre_tokenizer={"type": "Sequence", "pretokenizers": [BYTES, {"type": "Digits"}]}),
@@ -554,7 +550,6 @@ TOKENIZER = {  # the lines of the converter about the tokenizer's files
     **{
         f"{name} {content}": (says, all_of(byte_level(), write(name, content)))
         for name, content, says in (
-            ("tokenizer_config.json", '{"added_tokens_decoder": null}', TOKENIZER_FILES),
             ("tokenizer_config.json", '{"added_tokens_decoder": {"3": "x"}}', TOKENIZER_FILES),
             ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "x"}}}', "invalid literal for int()"),
             ("tokenizer_config.json", '{"added_tokens_decoder": {"-3": {"content": "x"}}}', "is no token"),
@@ -620,7 +615,10 @@ WEIGHTS = {  # the lines of the converter about the weights
         "model.norm.weight in ... is missing: download it again",
         tensors(lambda t: t.pop("model.norm.weight")),
     ),
-    "no output layer": (f"{HEAD} in ... is missing: download it again", tensors(lambda t: t.pop(HEAD))),
+    "no output layer": (
+        f"{HEAD} in ... is missing: if it is the embeddings, set tie_word_embeddings to true",
+        tensors(lambda t: t.pop(HEAD)),
+    ),
     "a tensor more": (
         f"{Q_NAMES} in ... is of no layer that config.json has",
         tensors(lambda t: t.update({Q_NAMES: torch.ones(64)})),
@@ -766,6 +764,10 @@ USAGE |= {
         "no CUDA": (f"{GENERATE} --device cuda", "argument --device: invalid choice: 'cuda' (choose from", *NO_CUDA),
         "no checkpoint": ("python generate.py", "the following arguments are required: --checkpoint_path"),
         "a context that is no number": (f"{PREFILL} --context a", "argument --context: a: must be from 1 to inf (int)"),
+        "a prompt in a conversation": (
+            f"{GENERATE} --interactive --prompt a",
+            "argument --prompt: not allowed with argument --interactive",
+        ),
         "no context": (f"{GENERATE} --context 0", "argument --context: 0: must be from 1 to inf (int)"),
         "no room for prefixes": (f"{PREFILL} --cache_gb 0", "argument --cache_gb: 0: must be from 0.001 to"),
         "quantize, mode": (f"{QUANTIZE} --mode int3", "argument --mode: invalid choice: 'int3' (choose from"),

@@ -35,7 +35,7 @@ SECONDS = 100  # a process that takes longer hangs
 CALLED = re.compile(r"python [^<>|;&=(]*")  # a command that needs no shell
 FIGURES = re.compile(
     r"(Memory|Load time|Prompt tokens|Time to first token|Prefill|Decode|Weights read|Stopped): .*"
-    r"|compiling the CPU kernels, once: .*|wrote .*|no answer yet"
+    r"|compiling the CPU kernels, once: .*|reading .*|wrote .*|no answer yet"
     r"|usage: .*| {7}.*"  # the usage goes on in lines with a margin
 )
 HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}

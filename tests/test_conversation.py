@@ -444,6 +444,7 @@ def test_piped_lines_are_answered_on_stdout_and_nothing_else_there(
     assert len(turns) == 3
     expected = "".join(text_of(turn.answer) + "\n" for turn in turns)
     lines = f"{LINES[0]}\n\n   \n".encode() + b"caf\xe9\n" + f"{LINES[1]}\r\none\rline\n/stats\n".encode()
+    lines += b"/exit\nanother line\n"
     done = subprocess.run(
         command(chat["float32"], "--precision", "float32"), input=lines, capture_output=True, cwd=ROOT, timeout=120
     )

@@ -64,7 +64,7 @@ def test_the_index_decides_which_files_are_read(random_llama) -> None:
     reference, folder = random_llama()
     (folder / "model.safetensors").unlink()
     reference.save_pretrained(folder, max_shard_size="100KB")
-    for name in ("model-00001-of-00099.safetensors", "model.safetensors", "pytorch_model.bin"):
+    for name in ("model-00001-of-00099.safetensors", "pytorch_model.bin"):
         (folder / name).write_bytes(b"not looked at")
     assert read_weights(folder).keys() == reference.state_dict().keys()
 
@@ -201,11 +201,54 @@ def test_loading_maps_the_file(demo) -> None:
 def test_the_chat_template_is_stored(random_llama) -> None:
     _, folder = random_llama()
     assert read_checkpoint(convert(folder, "bfloat16")).tokenizer.chat_template is None
-    for template in ("{{ a }}", [{"name": "tools", "template": "x"}, {"name": "default", "template": "{{ a }}"}]):
+    first, second = "{{ messages[0].content }}", "{{ messages[-1].content }}"
+    for template in (first, [{"name": "tools", "template": "x"}, {"name": "default", "template": first}]):
         (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-        assert read_checkpoint(convert(folder, "bfloat16")).tokenizer.chat_template == "{{ a }}"
-    (folder / "chat_template.jinja").write_text("{{ b }}")
-    assert read_checkpoint(convert(folder, "bfloat16")).tokenizer.chat_template == "{{ b }}"
+        assert read_checkpoint(convert(folder, "bfloat16")).tokenizer.chat_template == first
+    (folder / "chat_template.jinja").write_text(second)
+    assert read_checkpoint(convert(folder, "bfloat16")).tokenizer.chat_template == second
+
+
+@pytest.mark.parametrize("whole", ["model.safetensors", "pytorch_model.bin"])
+def test_a_whole_file_is_the_model_and_not_older_shards_beside_it(whole: str, random_llama, capsys) -> None:
+    """With their index and without it, as after saving into a folder twice. One line says which files were read."""
+    from safetensors.torch import load_file, save_file  # noqa: PLC0415
+
+    _, folder = random_llama()
+    weights = load_file(folder / "model.safetensors")
+    save = save_file if whole.endswith("safetensors") else torch.save
+    stem, ending = whole.rsplit(".", 1)
+    old = {name: weight + 1 for name, weight in weights.items()}
+    (folder / "model.safetensors").unlink()
+    save(weights, folder / whole)
+    shard = f"{stem}-00001-of-00001.{ending}"
+    save(old, folder / shard)
+    for index in (None, {"weight_map": dict.fromkeys(old, shard)}):
+        if index:
+            (folder / f"{whole}.index.json").write_text(json.dumps(index))
+        capsys.readouterr()
+        model = read_checkpoint(convert(folder, "float32")).state_dict
+        assert torch.equal(model["norm.weight"], weights["model.norm.weight"].float())
+        assert f"reading {folder / whole}\n" in capsys.readouterr().err
+
+
+def test_a_damaged_generation_config_is_not_used(random_llama, capsys) -> None:
+    """It is optional: one line, and the model of the folder without it."""
+    _, folder = random_llama()
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    expected = asdict(read_checkpoint(convert(folder, "bfloat16")).tokenizer)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2 3]}')
+    capsys.readouterr()
+    assert asdict(read_checkpoint(convert(folder, "bfloat16")).tokenizer) == expected
+    assert "generation_config.json: JSONDecodeError" in capsys.readouterr().err
+
+
+def test_a_sliding_window_is_the_context(capsys) -> None:
+    """Mistral 0.1 names it, or has transformers' default of 4,096; attention within it is exact."""
+    mistral = CONFIG | {"model_type": "mistral", "max_position_embeddings": 32768}
+    for window, context in (({"sliding_window": 4096}, 4096), ({}, 4096), ({"sliding_window": None}, 32768)):
+        assert model_args(mistral | window).max_seq_length == context
+        assert ("context: 4096 of 32768 positions" in capsys.readouterr().err) == (context == 4096)
 
 
 def test_each_conversion_has_an_id_of_its_own(random_llama) -> None:

@@ -31,7 +31,11 @@ FOLDER = Path("checkpoints", REPO)
 WROTE = f"wrote {FOLDER}/model.pth"
 TEXTS = {name: (DEMO / "draft" / name).read_bytes() for name in ("config.json", "tokenizer.model")}
 TENSORS = {name: read() for name, read in read_safetensors(DEMO / "draft" / "model.safetensors")}
-CHAT = {"tokenizer_config.json": b"{}", "chat_template.jinja": b"{{ '<<SYS>>' }}", "generation_config.json": b"{}"}
+CHAT = {
+    "tokenizer_config.json": b"{}",
+    "chat_template.jinja": b"{{ messages[0].content }}",
+    "generation_config.json": b"{}",
+}
 CHAT |= {"tokenizer.json": b"{}", "added_tokens.json": b"{}"}
 UNUSED = dict.fromkeys(
     [
@@ -227,7 +231,7 @@ def test_one_format_of_weights_is_fetched_and_nothing_that_is_not_read(
     wanted = TEXTS | CHAT | taken
     assert sorted(without_indices(hub.fetched)) == sorted(without_indices(wanted))
     assert wanted.keys() <= set(hub.fetched)
-    assert read_checkpoint(project / FOLDER / "model.pth").tokenizer.chat_template == "{{ '<<SYS>>' }}"
+    assert read_checkpoint(project / FOLDER / "model.pth").tokenizer.chat_template == "{{ messages[0].content }}"
 
 
 @pytest.mark.parametrize(
@@ -292,6 +296,37 @@ def test_no_network_is_one_line(prepare: Callable, environment: dict, says: str)
     assert_one_line(prepare(REPO, **environment), f"{REPO} was not downloaded ( ... {says} ... the network, then again")
 
 
+@pytest.mark.parametrize(
+    "environment", [{"HF_ENDPOINT": "http://127.0.0.1:1"}, {"HF_HUB_OFFLINE": "1"}], ids=["unreachable", "offline"]
+)
+def test_without_a_network_the_hubs_own_cache_will_do(
+    prepare: Callable, project: Path, tmp_path: Path, environment: dict
+) -> None:
+    """Its files are linked, not copied, and are as they were."""
+    repository = tmp_path / "hf" / "hub" / f"models--{REPO.replace('/', '--')}"
+    snapshot = repository / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    for name, content in (TEXTS | WHOLE).items():
+        (snapshot / name).write_bytes(content)
+    result = prepare(REPO, **environment)
+    assert result.returncode == 0, result.stderr
+    assert f"taking {REPO} from its cache" in result.stderr and result.stderr.splitlines()[-1] == WROTE
+    assert (project / FOLDER / "model.safetensors").is_symlink()
+    assert sorted(path.name for path in snapshot.iterdir()) == sorted(TEXTS | WHOLE)
+
+
+def test_prepare_finds_its_neighbours_through_a_link(prepare: Callable, project: Path, tmp_path: Path) -> None:
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    for name, content in (TEXTS | WHOLE).items():
+        (tmp_path / "here" / "model" / name).write_bytes(content)
+    (tmp_path / "here" / "prepare").symlink_to(project / "scripts" / "prepare.sh")
+    result = prepare("model", cwd=tmp_path / "here", script="./prepare")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "here" / "model" / "model.pth").exists()
+
+
 @pytest.mark.slow
 def test_whole_files_are_not_fetched_again_after_a_lost_connection(hub: Hub, prepare: Callable, project: Path) -> None:
     """The client's lines about its attempts, then ours; if an attempt is answered, it goes on."""
@@ -335,7 +370,8 @@ def test_settings_of_the_shell_do_not_matter(prepare: Callable, project: Path, t
     paths = f"{tmp_path}/elsewhere:{project.parent}:."
     result = prepare("a model", cwd=tmp_path / "here", script="../project/scripts/prepare.sh", CDPATH=paths)
     model = tmp_path / "here" / "a model" / "model.pth"
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", f"wrote {model}\n")
+    said = f"reading {model.with_name('model.safetensors')}\nwrote {model}\n"
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", said)
     assert model.exists()
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_conversation import chat, session_of, talk  # noqa: F401  `chat` is a fixture
 
-from generate import Session
+from generate import Session, build_parser
 from tokenizer import ESCAPE, TextStreamer, utf8_decoder
 
 TEXT = "def read_file(path):\n"
@@ -145,3 +145,9 @@ def test_a_conversation_goes_on_after_the_printed_text(chat, monkeypatch, capsys
     assert answer(one, following, [], capsys) == answer(fresh, following, [], capsys)
     fresh.stops = [text[5:8]]
     assert talk(fresh, ["import os", "What does it return?"], monkeypatch)[1].prompt == following
+
+
+def test_the_usual_escapes_are_read(demo) -> None:
+    """A line end typed in single quotes."""
+    words = ["--checkpoint_path", str(demo["draft"]), "--device", "cpu", "--stop", r"\n\t", "--stop", "\u00e9"]
+    assert Session(build_parser().parse_args(words), ["a"]).stops == ["\n\t", "\u00e9"]

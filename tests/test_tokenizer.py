@@ -7,6 +7,7 @@ import string
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from itertools import permutations
 from pathlib import Path
 
@@ -503,6 +504,61 @@ def test_no_content_can_take_control(folder: Path, template: str) -> None:
         ]
 
 
+TYPED = (  # shows a list of typed parts alone, as guard models do
+    "{% for m in messages %}<|start|>{{ m.role }}:{% for part in m.content %}{% if part.type == 'text' %}"
+    "{{ part.text }}{% endif %}{% endfor %}<|end|>{% endfor %}"
+)
+
+
+def test_a_template_of_typed_content_gets_its_parts(folder: Path) -> None:
+    """As in transformers, which is given the parts themselves."""
+    from transformers import AutoTokenizer  # noqa: PLC0415
+
+    theirs = AutoTokenizer.from_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(TYPED)
+    ours = read_tokenizer(folder, 10**6, set())
+    for messages in dialogues(system=True):
+        parts = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
+        expected = theirs.apply_chat_template(parts, chat_template=TYPED, tokenize=False, add_generation_prompt=True)
+        assert ours.render(messages).replace(ESCAPE, "") == expected
+
+
+@pytest.mark.parametrize("end", ["<|end|>", " <|end|>", "\n<|end|>\n"])
+def test_the_token_that_a_template_puts_after_an_answer_ends_answers(tmp_path: Path, end: str) -> None:
+    """Early Llama 3 Instruct: eos_token is another one, and no file but the template names the end of a turn."""
+    library = trained([])
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}" + end + "{% endfor %}"
+    ours = saved(tmp_path, library, chat_template=template, eos_token="<|begin|>")
+    assert ours.eos_ids == sorted(library.token_to_id(text) for text in ("<|begin|>", "<|end|>"))
+    ours = saved(tmp_path, library, chat_template=template.replace("<|end|>", "x<|end|>"), eos_token="<|begin|>")
+    assert ours.eos_ids == [library.token_to_id("<|begin|>")]
+
+
+def test_the_special_tokens_of_the_repository_are_there_in_its_template(tmp_path: Path) -> None:
+    template = "{{ messages[0].content }}{{ unk_token }}{{ pad_token }}"
+    ours = saved(tmp_path, trained([], 300), chat_template=template, unk_token='"u"', pad_token={"content": "<p>"})
+    assert ours.render([{"role": "user", "content": "x"}]) == 'x"u"<p>'
+
+
+def test_null_is_no_field(tmp_path: Path, random_llama: Callable) -> None:
+    """In every JSON file of a tokenizer, each field of which the program knows."""
+    _, folder = random_llama()
+    expected = asdict(read_tokenizer(folder, 10**6, set()))
+    files = {
+        "tokenizer_config.json": ["legacy", "add_bos_token", "add_prefix_space", "bos_token", "eos_token"],
+        "special_tokens_map.json": ["bos_token", "eos_token", "unk_token"],
+    }
+    files["tokenizer_config.json"] += ["added_tokens_decoder", "chat_template", "pad_token"]
+    for name, fields in files.items():
+        path = folder / name
+        before = json.loads(path.read_text()) if path.exists() else {}
+        without = {key: value for key, value in before.items() if key not in fields}
+        path.write_text(json.dumps(without))
+        expected = asdict(read_tokenizer(folder, 10**6, set()))
+        path.write_text(json.dumps(without | dict.fromkeys(fields)))
+        assert asdict(read_tokenizer(folder, 10**6, set())) == expected, name
+
+
 def test_filters_and_tags_of_transformers(tmp_path: Path) -> None:
     """tojson without escapes, and the mark for training, which renders nothing."""
     template = "{% for m in messages %}{%- generation -%} {{ m | tojson }} {% endgeneration %}{% endfor %}"
@@ -520,7 +576,8 @@ def test_a_template_cannot_reach_python(tmp_path: Path) -> None:
         ("{{ strftime_now('%Y') }}", "'strftime_now' is undefined"),
     ):
         ours = saved(tmp_path, trained([], 300), chat_template=template)
-        with pytest.raises(ValueError, match=f"the chat template: .*{reason}.*; --raw does without it") as caught:
+        says = f"the chat template: .*{reason}.*; leave out --system, or the template by --raw"
+        with pytest.raises(ValueError, match=says) as caught:
             ours.render([{"role": "user", "content": "x"}])
         assert "\n" not in str(caught.value)
 
