@@ -20,6 +20,8 @@ from kernels.build import load_library
 
 aten = torch.ops.aten
 MAX_ROWS = 16  # for more rows, F.linear (oneDNN, MKL) is faster
+# But not on a CPU with AVX2 alone, where oneDNN's bfloat16 takes four times as long as ours.
+HAS_FAST_BFLOAT16 = torch.backends.cpu.get_cpu_capability() != "AVX2"
 MAX_HEAD_DIM = 1024  # cpu.cpp has buffers for no more
 BITS = {torch.bfloat16: 16, torch.int8: 8, torch.uint8: 4}
 GROUPSIZES = (0, 32, 64, 128, 256)  # 0: no groups
@@ -78,7 +80,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | No
         return model.linear(x, weight, scale, minimum, residual)
     # With more rows F.linear is faster for float weights; quantized ones would have to be dequantized for it.
     max_rows = MAX_ROWS if scale is None else 4 * MAX_ROWS
-    if x.dtype == torch.bfloat16 and x.numel() <= max_rows * n_in:
+    if x.dtype == torch.bfloat16 and (x.numel() <= max_rows * n_in or not HAS_FAST_BFLOAT16):
         return run_op("linear", x, n_out, weight, scale, minimum, BITS[weight.dtype], groupsize, residual)
     if scale is None:
         return model.linear(x, weight, None, None, residual)

@@ -258,9 +258,22 @@ def test_row_i_of_many_is_that_row_alone_between_products(library) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_weight_that_is_dequantized_in_parts_equals_pytorch(library, dtype: torch.dtype, monkeypatch) -> None:
     monkeypatch.setattr(cpu, "DEQUANT_BUFFER", torch.empty(5000))
+    monkeypatch.setattr(cpu, "HAS_FAST_BFLOAT16", True)
     for scheme in SCHEMES[1:]:
         weight, x = stored(normal(77, 768), *scheme), torch.eye(768, dtype=dtype)
         assert torch.equal(linear(x, *weight), dequantize(*weight, dtype).T)
+
+
+@pytest.mark.parametrize("has_fast_bfloat16", [True, False])
+def test_products_of_a_prompt_are_exact(has_fast_bfloat16: bool, monkeypatch) -> None:
+    """By PyTorch, or by the kernels where its bfloat16 is slow: there each row is bit for bit that row alone, too."""
+    monkeypatch.setattr(cpu, "HAS_FAST_BFLOAT16", has_fast_bfloat16)
+    for scheme in SCHEMES:
+        weight, x = stored(normal(77, 768) * 0.02, *scheme), normal(1, 150, 768).bfloat16()
+        found, exact = linear(x, *weight), x.double() @ dequantize(*weight, torch.float32).double().T
+        assert (found - exact).abs().max() < 2**-7 * exact.abs().max(), scheme
+        if not has_fast_bfloat16:
+            assert torch.equal(found[:, 70:71], linear(x[:, 70:71], *weight)), scheme
 
 
 @pytest.mark.parametrize("weights", ["target", "int8", "int4"])
