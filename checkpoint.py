@@ -60,22 +60,24 @@ def empty_model(args: ModelArgs, quantization: dict | None, dtype: torch.dtype) 
     return model
 
 
-def map_file(path: Path) -> Tensor:
+def map_file(path: Path) -> mmap.mmap:
     """The bytes of a file, mapped. Read-only and shared, because Linux counts a writable private mapping as memory."""
     with open(path, "rb") as file:
-        return torch.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), dtype=torch.uint8)
+        return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
 
 
 def map_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that torch.load has put on the meta device, mapped to their bytes in the file."""
+    """The tensors that torch.load has put on the meta device, mapped to their bytes in the file.
+
+    Each has a storage of its own, because the compiler refuses tensors that share one.
+    """
     data = map_file(path)
     mapped = {}
     for name, tensor in tensors.items():
         storage = tensor.untyped_storage()
-        start = storage._checkpoint_offset
-        content = data[start : start + storage.nbytes()].view(tensor.dtype)
-        offset = content.storage_offset() + tensor.storage_offset()
-        mapped[name] = content.as_strided(tensor.shape, tensor.stride(), offset)
+        count, offset = storage.nbytes() // tensor.itemsize, storage._checkpoint_offset
+        content = torch.frombuffer(data, dtype=tensor.dtype, count=count, offset=offset)
+        mapped[name] = content.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
     return mapped
 
 

@@ -53,6 +53,7 @@ class Engine:
         self.model = model
         self.device = model.tok_embeddings.weight.device
         self.max_seq_length = max_seq_length
+        model.extend_rope(model.args.max_seq_length)  # at once, because compiled code takes its size as a constant
         self.kv_cache = model.make_cache(0)  # `reserve` makes it larger
         self.cached_ids: list[int] = []
         self.num_cached = 0  # tokens of the last prompt that were cached
@@ -76,7 +77,6 @@ class Engine:
         capacity = max(positions, min(max(2 * self.kv_cache[-1].shape[3], MIN_CAPACITY), self.max_seq_length))
         getattr(self.decode_step, "graphs", {}).clear()  # a captured step keeps the cache that it was captured with
         try:
-            self.model.extend_rope(capacity)
             for i, old in enumerate(self.kv_cache):
                 new = old.new_empty(*old.shape[:3], capacity, old.shape[4])
                 new[:, :, :, : old.shape[3]] = old
@@ -236,7 +236,8 @@ class Session:
         self.max_seq_length = min(args.context or math.inf, checkpoint.args.max_seq_length)
         self.prompts = [self.conversation().prompt(text) for text in texts]
         self.max_new_tokens = args.max_new_tokens or (200 if texts else self.max_seq_length)
-        self.capacity = max(map(len, self.prompts)) + self.max_new_tokens if texts else 1  # and then it grows
+        if texts:
+            self.max_seq_length = min(self.max_seq_length, max(map(len, self.prompts)) + self.max_new_tokens)
         self.engine = self.load(checkpoint)
         path = args.draft_checkpoint_path
         draft = self.load(read_checkpoint(path), is_draft=True) if path else None
@@ -258,7 +259,9 @@ class Session:
             raise ValueError(f"{checkpoint.path} has another vocabulary: choose a draft of the family")
         model = tp.load_sharded(checkpoint, self.args.device, getattr(torch, self.args.precision), is_draft)
         engine = Engine(model, min(self.max_seq_length, checkpoint.args.max_seq_length), checkpoint, self.prefix_cache)
-        engine.reserve(min(self.capacity, engine.max_seq_length))
+        engine.reserve(engine.max_seq_length if self.prompts else 1)  # in a conversation it grows
+        if HAS_KERNELS:
+            compile_kernels(model)
         weights = sum(tensor.nbytes for tensor in model.state_dict().values()) / 1e9
         positions = engine.kv_cache[0].shape[3]
         size = sum(layer.nbytes for layer in engine.kv_cache) // positions
@@ -369,9 +372,7 @@ def generate_all(args: argparse.Namespace, prefix_cache=None) -> Session:
     tp.init(args.device)
     torch.set_num_threads(tp.num_threads())
     sys.stdout.reconfigure(encoding="utf-8")
-    if HAS_KERNELS:
-        compile_kernels(args.device, getattr(torch, args.precision))
-    else:
+    if not HAS_KERNELS:
         print("there is no folder kernels/, so decoding is several times slower", file=sys.stderr)
     if args.interactive and args.system == "-":
         raise ValueError("--system -: standard input is the conversation; give a text, or @FILE")

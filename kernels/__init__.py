@@ -39,11 +39,12 @@ def cuda_kernels_for(dtype: torch.dtype) -> ModuleType | None:
     return None
 
 
-def compile_kernels(device: str, dtype: torch.dtype) -> None:
+def compile_kernels(model: model.Transformer) -> None:
     """Compile kernels/cpu.cpp, or find out if the GPU runs kernels/cuda.py, before an answer waits for it."""
-    if device == "cuda":
-        cuda_kernels_for(dtype)
-    else:
+    weight = model.layers[0].attention.wqkv.weight
+    if weight.is_cuda:
+        cuda_kernels_for(model.norm.weight.dtype)
+    elif weight.dtype in cpu.BITS:
         load_library()
 
 

@@ -111,7 +111,7 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(min(length, path.stat().st_size)))
-    data = map_file(path)[8 + length :]
+    data = torch.frombuffer(map_file(path), dtype=torch.uint8)[8 + length :]
 
     def read(dtype: str, shape: list[int], data_offsets: list[int]) -> Tensor:
         raw = data[data_offsets[0] : data_offsets[1]].clone()  # aligned

@@ -392,7 +392,7 @@ MACHINE = {
     "draft of another vocabulary": Case(DRAFT, "draft.pth has another vocabulary: choose a draft", other_draft),
     "no memory": Case(
         f"ulimit -v 64000000; {GENERATE} --max_new_tokens 1000000000",
-        "no memory for a KV cache of 1000000000 positions: choose a smaller --context",
+        "there is not enough memory: a smaller or quantized model, or a shorter --context, takes less",
         shape(max_seq_length=10**9),
     ),
     "no compiler": Case(

@@ -89,10 +89,10 @@ def test_a_conversation_grows_and_a_prefix_is_loaded_into_the_grown_cache(monkey
 def test_growth_compiles_nothing_anew(monkeypatch) -> None:
     monkeypatch.setattr(generate, "MIN_CAPACITY", 1)
     torch._dynamo.reset()
-    model, params = random_model(ARGS), make_params(3, 0.8)
+    models, params = [random_model(ARGS) for _ in range(2)], make_params(3, 0.8)
     prompt = PROMPT * 5
-    expected = generated(engine_of(model, 200), prompt, COUNT, params)
-    engine = new_engine(model)
+    expected = generated(engine_of(models[0], 200), prompt, COUNT, params)
+    engine = new_engine(models[1])
     engine.compile(True, True, params)
     monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     assert generated(engine, prompt, COUNT, params) == expected
@@ -154,7 +154,7 @@ def test_the_context_limits_prompt_and_answer(demo) -> None:
     for context in (1, len(prompt) - 1):
         with pytest.raises(ValueError, match=f"{len(prompt)} tokens, but a context of {context}: shorten"):
             session_of(demo["target"], [text], "--context", context)
-    assert session_of(demo["target"], [text], "--context", 10**9).max_seq_length == 1024
+    assert session_of(demo["target"], [], "--interactive", "--context", 10**9).max_seq_length == 1024
 
 
 def test_a_conversation_fills_the_context_and_says_so(demo, capsys) -> None:
