@@ -713,8 +713,8 @@ def test_a_cache_that_grows_gives_the_same_text(demo, compiled: bool, monkeypatc
     growing = on_card(demo["target"], torch.bfloat16)
     if compiled:
         growing.compile(True, True, params)
-        monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
-    assert generated(growing, PROMPT * 3, 300, params) == expected
+    with torch._dynamo.config.patch(error_on_recompile=compiled):
+        assert generated(growing, PROMPT * 3, 300, params) == expected
     assert growing.kv_cache[0].shape[3] > 256
 
 

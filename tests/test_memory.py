@@ -94,8 +94,8 @@ def test_growth_compiles_nothing_anew(monkeypatch) -> None:
     expected = generated(engine_of(models[0], 200), prompt, COUNT, params)
     engine = new_engine(models[1])
     engine.compile(True, True, params)
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
-    assert generated(engine, prompt, COUNT, params) == expected
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert generated(engine, prompt, COUNT, params) == expected
     assert engine.kv_cache[0].shape[3] > len(prompt)
 
 
