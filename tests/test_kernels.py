@@ -59,9 +59,12 @@ def stored(weight: torch.Tensor, bits: int, groupsize: int) -> list[torch.Tensor
 def product_error(x: torch.Tensor, weight: list[torch.Tensor | None]) -> float:
     """Largest error of a product against float64, over the bound for roundings of sums and of the result.
 
-    Up to 16 rows, 64 of a quantized weight, the weight is not rounded at all; more take it in the activation's dtype.
+    Up to 16 rows, 64 of a quantized weight, the weight is not rounded at all; more take it in the activation's dtype,
+    unless the kernels compute them, too.
     """
     max_rows = cpu.MAX_ROWS if weight[1] is None else 4 * cpu.MAX_ROWS
+    if not cpu.HAS_FAST_BFLOAT16:
+        max_rows = len(x)
     exact = dequantize(*weight, torch.float32 if len(x) <= max_rows else x.dtype).double()
     terms = x.double().abs() @ exact.abs().T
     error = (linear(x[None], *weight)[0].double() - x.double() @ exact.T).abs()
