@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from conftest import DEMO, ROOT, TOKENIZER, decoded, generated, make_params, new_engine, random_model, run_cli
 from demo.train import is_held_out
 
+import quantize as quantize_module
 from benchmarks.quality import MODES, bits_per_weight, compare, possible
 from checkpoint import GROUPSIZES, load_model, read_checkpoint
 from model import Linear, ModelArgs, dequantize
@@ -615,3 +616,20 @@ def test_killed_while_quantizing_leaves_nothing_under_the_final_name(demo: dict[
         quantize(read_checkpoint(path), MODES["int8"], "cpu", tmp_path / "model_int8.pth")
         assert {each.name for each in tmp_path.iterdir()} == files
     assert read_checkpoint(tmp_path / "model_int8.pth").header["quantization"] == MODES["int8"]
+
+
+def test_calibrate_none_rounds_each_weight_by_itself(demo, tmp_path: Path, monkeypatch) -> None:
+    """As without a text. Where the default text is not there, one line says so."""
+    path = tmp_path / "model.pth"
+    path.write_bytes(demo["draft"].read_bytes())
+    monkeypatch.setattr(sys, "argv", ["quantize.py", "--checkpoint_path", str(path), "--calibrate", "none"])
+    quantize_module.main()
+    expected = tmp_path / "expected.pth"
+    quantize(read_checkpoint(path), {"mode": "int8"}, "cpu", expected)
+    states = [read_checkpoint(each).state_dict for each in (path.with_name("model_int8.pth"), expected)]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    monkeypatch.setattr(quantize_module, "TEXT", tmp_path / "README.md")
+    with pytest.raises(
+        ValueError, match="README.md, the default of --calibrate, is not there: give another text, or none"
+    ):
+        quantize_module.calibration_text(tmp_path / "README.md")
