@@ -20,18 +20,18 @@ int main() {
     int32_t seed = 7;
     const float temperature = 0.8f;
     std::vector<bf16> x(rows * dim), normed(rows * dim), qkv(rows * channels), attended(rows * dim);
-    std::vector<bf16> projected(rows * dim), h(rows * dim), wide(rows * 2 * ffn), gated(rows * ffn), down(rows * dim), logits(rows * vocab);
+    std::vector<bf16> h(rows * dim), wide(rows * 2 * ffn), gated(rows * ffn), down(rows * dim), logits(rows * vocab);
 
-    const auto linear_layer = [&](const bf16 *from, long in, long out, const std::vector<bf16> &weight, bf16 *to) {
-        return Linear{{{from, rows, in, out}, (const uint8_t *)weight.data(), nullptr, nullptr, 16, 0, to}};
+    const auto linear_layer = [&](const bf16 *from, long in, long out, const std::vector<bf16> &weight, bf16 *to,
+                                  const bf16 *residual = nullptr) {
+        return Linear{{{from, rows, in, out}, (const uint8_t *)weight.data(), nullptr, nullptr, 16, 0, residual, to}};
     };
     const Elementwise embedded = {{(const bf16 *)ids.data(), rows, 1, dim}, table.data(), 0, x.data()};
     const Elementwise first = {{x.data(), rows, dim, dim}, norm.data(), 1e-5, normed.data()};
     const Linear to_qkv = linear_layer(normed.data(), dim, channels, wqkv, qkv.data());
     const Attention attend = {{qkv.data(), rows, channels, dim}, rope.data(), input_pos.data(), n_kv_head,
                               positions, head_dim, cache.data(), cache.data() + cache.size() / 2, attended.data()};
-    const Linear to_dim = linear_layer(attended.data(), dim, dim, wo, projected.data());
-    const Elementwise sum = {{x.data(), rows, dim, dim}, projected.data(), 0, h.data()};
+    const Linear to_dim = linear_layer(attended.data(), dim, dim, wo, h.data(), x.data());
     const Linear to_ffn = linear_layer(h.data(), dim, 2 * ffn, w13, wide.data());
     const Elementwise gate = {{wide.data(), rows, 2 * ffn, ffn}, nullptr, 0, gated.data()};
     const Linear from_ffn = linear_layer(gated.data(), ffn, dim, w2, down.data());
@@ -39,7 +39,7 @@ int main() {
     const Sampler sampler = {{logits.data(), rows, vocab, 1}, vocab, input_pos.data(), &seed, &temperature, 50,
                              0.9, 0.002, samples.data()};
     const Call calls[] = {{embedding, &embedded}, {rms_norm, &first}, {linear, &to_qkv}, {attention, &attend},
-                          {linear, &to_dim}, {add, &sum}, {linear, &to_ffn}, {swiglu, &gate},
+                          {linear, &to_dim}, {linear, &to_ffn}, {swiglu, &gate},
                           {linear, &from_ffn}, {linear, &to_logits}, {sample, &sampler}};
     replay(calls, std::size(calls), 4);
     const auto expected = logits;
