@@ -1,4 +1,4 @@
-"""The checkpoint file: its fields, reading, loading. files.py writes it.
+"""The checkpoint file: its fields, reading, loading. scripts/files.py writes it.
 
 A checkpoint is a torch.save file with the fields
     config        the fields of ModelArgs

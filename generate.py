@@ -356,7 +356,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--top_p", type=number(1e-6, 1, float), help="nucleus: the most likely tokens whose probabilities sum to P (1)")
     add("--min_p", type=number(0, 1, float), help="drop tokens less likely than P times the most likely (0)")
     add("--draft_checkpoint_path", type=Path, help="speculative decoding with a small model of the same vocabulary")
-    add("--prompt_lookup", action="store_true", help="speculative decoding with n-grams of the text, draft or not")
+    add("--prompt_lookup", action="store_true", help="speculative decoding by n-grams of the text; also with a draft")
     add("--speculate_k", type=number(1, MAX_DECODE_ROWS - 1), default=5, help="most guesses in a pass (5)")
     add("--seed", type=number(0, 2**31 - 1), default=1234, help="the same seed gives the same text (1234)")
     add("--compile", action="store_true", help="torch.compile decoding on CUDA, in 16 and 8 bits; starts more slowly")

@@ -1,4 +1,4 @@
-// Products of 1 to 64 rows with stored weights: each weight is read from memory once for all rows, unpacked in registers,
+// Products of rows with stored weights: each weight is read from memory once for all rows, unpacked in registers,
 // and never written back. How a row of activations is arranged, and multiplied, depends on the CPU.
 #pragma once
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && !defined(PORTABLE)
