@@ -1,6 +1,7 @@
 """Operators on a CPU: calls of cpu.cpp through ctypes, where it takes them, and the captured step.
 
-cpu.cpp takes rows in bfloat16: few, or any number in a product on a CPU with AVX2 alone. Everything else is the reference implementation in model.py.
+cpu.cpp takes few rows in bfloat16; in a product any number, on a CPU with AVX2 alone. Everything else is the reference
+implementation in model.py.
 """
 
 import ctypes
