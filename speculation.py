@@ -13,7 +13,8 @@ import tp
 from sampling import SamplingParams
 
 NGRAM_LENGTHS = range(5, 1, -1)
-EXPLORE_EVERY = 32  # passes until something other than the fastest is tried
+NUMBERS = (1, 2, 3, 4, 7, 11, 15)  # of guesses that are tried: a pass of 4, 8, 12 or 16 tokens fills a block of rows
+EXPLORE_EVERY = 40  # passes until something other than the fastest is tried
 MIN_TRIALS = 3  # passes of a source before it can lose, because one may have been unlucky
 
 
@@ -85,12 +86,12 @@ class Speculation:
     def __init__(self, draft, speculate_k: int, lookup: PromptLookup | None = None) -> None:
         self.draft = draft  # a generate.Engine, or None
         self.lookup = lookup
-        self.speculate_k = speculate_k  # most guesses in a pass
+        self.numbers = [k for k in NUMBERS if k < speculate_k] + [speculate_k]  # guesses in a pass
         # By source: the probability that a guess is accepted, if the guesses before it were.
         self.acceptance = defaultdict(MovingAverage)
         self.pass_seconds = [MovingAverage() for _ in range(speculate_k + 1)]  # index: number of guesses
         self.draft_seconds = MovingAverage()  # time of one guess of the draft
-        self.last_used: dict[str, int] = defaultdict(int)  # source: number of the pass
+        self.last_used: dict[tuple[str, int], int] = defaultdict(int)  # (source, k): number of the pass
         self.passes = 0
         self.start()
 
@@ -98,67 +99,46 @@ class Speculation:
         """Start the counts of a new answer."""
         self.num_passes = self.num_drafted = self.num_accepted = 0
 
-    def measured(self) -> list[int]:
-        """Numbers of guesses whose passes were measured. The first pass does not count: the step was captured in it."""
-        return [k for k, average in enumerate(self.pass_seconds) if average.count > 1]
-
     def expected_rates(self, source: str, max_k: int) -> Iterator[tuple[float, str, int]]:
-        """Expected tokens per second with 1 to max_k guesses of `source`: (rate, source, number of guesses).
+        """Expected tokens per second with guesses of `source`: (rate, source, number of guesses).
 
         If guesses are accepted with probability a, a pass with k of them gives 1 + a + ... + a^k tokens,
-        https://arxiv.org/abs/2211.17192, equation 1. A pass takes as long as measured. A number between measured ones
-        is taken to cost as much as the next larger; one up to twice the largest, optimistically, as the largest.
+        https://arxiv.org/abs/2211.17192, equation 1. A pass takes as long as measured; the first number that was not
+        measured is taken to cost as much as the one before it, so that it is tried.
         """
-        measured = self.measured()
         acceptance = self.acceptance[source].value
         guess_seconds = self.draft_seconds.value if source == "draft" else 0.0
-        tokens = probability = 1.0
-        for k in range(1, min(max_k, max(1, 2 * measured[-1])) + 1):
-            probability *= acceptance
-            tokens += probability
-            known = min((n for n in measured if n >= k), default=measured[-1])
-            yield tokens / (self.pass_seconds[known].value + k * guess_seconds), source, k
+        seconds = self.pass_seconds[0].value
+        for k in (k for k in self.numbers if k <= max_k):
+            is_measured = self.pass_seconds[k].count > 1  # not by the first pass, in which the step was captured
+            seconds = self.pass_seconds[k].value if is_measured else seconds
+            tokens = sum(acceptance**i for i in range(k + 1))
+            yield tokens / (seconds + k * guess_seconds), source, k
+            if not is_measured:
+                return
 
     def choose(self, max_k: int, sources: list[str]) -> tuple[str, int]:
         """The source, one of `sources` or "none", and the number of its guesses to verify now, at most max_k.
 
-        First measure passes without guesses, then each source. Now and then explore: the source that was not used for
-        the longest time, or more or fewer guesses.
+        First measure passes without guesses, then each source. Now and then explore: of the other sources, and of the
+        numbers beside the best one, what was not used for the longest time.
         """
         plain = self.pass_seconds[0]
-        max_k = min(max_k, self.speculate_k)
         if plain.count < 2 or max_k < 1:
             return "none", 0
-        rates = [(1 / plain.value, "none", 0)]
+        rates = []
         for source in sources:
             if self.acceptance[source].count < MIN_TRIALS:
                 return source, 1
             rates += self.expected_rates(source, max_k)
+        best = max([(1 / plain.value, "none", 0), *rates])[1:]
+        if self.passes % EXPLORE_EVERY > 0 or not rates:
+            return best
         _, source, k = max(rates)
-        exploration, rest = divmod(self.passes, EXPLORE_EVERY)
-        if rest > 0:
-            return source, self.refine(k, max_k)
-        if exploration % 2 == 0:
-            source = min(["none", *sources], key=self.last_used.__getitem__)
-            return source, 0 if source == "none" else 1
-        if source == "none":
-            _, source, k = max(rates[1:], default=rates[0])
-            return source, k
-        more, fewer = min(2 * k, max_k), max(k - max(1, k // 3), 1)
-        return source, more if exploration % 4 == 1 else fewer
-
-    def refine(self, k: int, max_k: int) -> int:
-        """`k`, the best number of guesses, or one that was not measured, halfway to the next that was.
-
-        Cost is a step function of k: 7 guesses may take as long as 4, and 8 twice as long.
-        """
-        measured = self.measured()
-        larger = min((n for n in measured if n > k), default=k)
-        smaller = max((n for n in measured if n < k), default=k)
-        for between in ((k + larger) // 2, (k + smaller + 1) // 2):
-            if 0 < between <= max_k and between not in measured:
-                return between
-        return k
+        i = self.numbers.index(k)
+        beside = [(source, k) for k in self.numbers[max(i - 1, 0) : i + 2] if k <= max_k]
+        options = [("none", 0), *((each, 1) for each in sources if each != source), *beside]
+        return min((option for option in options if option != best), key=self.last_used.__getitem__)
 
     def update(self, source: str, k: int, accepted: int, draft_seconds: float, pass_seconds: float) -> None:
         """Add a pass with `k` guesses to the averages."""
@@ -166,7 +146,7 @@ class Speculation:
         self.num_passes += 1
         self.num_drafted += k
         self.num_accepted += accepted
-        self.last_used[source] = self.passes
+        self.last_used[source, k] = self.passes
         for i in range(min(accepted + 1, k)):
             self.acceptance[source].add(float(i < accepted), self.passes)
         self.pass_seconds[k].add_seconds(pass_seconds, self.passes)
@@ -183,7 +163,7 @@ class Speculation:
         source, k = tp.from_rank(lambda: self.choose(max_new_tokens - 1, sources))
         if source == "draft":
             self.draft.match_prefix(ids)
-            if len(ids) - len(self.draft.cached_ids) > self.speculate_k + 1:
+            if len(ids) - len(self.draft.cached_ids) > self.numbers[-1] + 1:
                 self.draft.prefill(ids, params)  # the draft catches up before the clock starts
         start = time.perf_counter()
         if source == "draft":
