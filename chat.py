@@ -21,24 +21,26 @@ class Conversation:
 
     def clear(self) -> None:
         """Start anew."""
-        self.messages = [self.message("system", self.system)] if self.system else []
+        system = {"role": "system", "content": self.tokenizer.escape(self.system)}
+        self.messages = [system] if self.system else []
 
-    def message(self, role: str, text: str) -> dict:
-        """A message of text that somebody wrote, in which nothing is a special token."""
-        return {"role": role, "content": self.tokenizer.escape(text)}
+    def prompt(self, text: str, special_tokens: bool = False) -> list[int]:
+        """Token ids of the messages so far and of `text`, which the user says next. ValueError if they do not fit.
 
-    def prompt(self, text: str) -> list[int]:
-        """Token ids of the messages so far and of `text`, which the user says next. ValueError if they do not fit."""
-        messages = [*self.messages, self.message("user", text)]
+        With `special_tokens` the spelling of an added token in `text` is that token.
+        """
+        text = text if special_tokens else self.tokenizer.escape(text)
+        self.asked = [*self.messages, {"role": "user", "content": text}]
         if self.use_chat_template:
-            ids = self.tokenizer.apply_chat_template(messages)
+            ids = self.tokenizer.apply_chat_template(self.asked)
         else:
-            parts = [message["content"] for message in messages]
+            parts = [message["content"] for message in self.asked]
             if self.system:
                 parts[:2] = ["\n".join(parts[:2])]
-            ids = self.tokenizer.bos_ids
+            ids = []
             for part in parts:
                 ids = self.tokenizer.encode_with_special_tokens(part, ids)
+            ids = self.tokenizer.bos_ids + ids
         if not ids:
             raise ValueError(f"{text!r} has no tokens in this vocabulary: give some other text")
         if len(ids) > self.max_seq_length:
@@ -46,11 +48,11 @@ class Conversation:
             raise ValueError(f"{problem}: shorten them or --system, or /clear")
         return ids
 
-    def add(self, text: str, answer: str) -> None:
-        """Append what the user said, and the `answer` as Tokenizer.decode returns it."""
+    def add(self, answer: str) -> None:
+        """Append the text of the last prompt, and the `answer` to it as Tokenizer.decode returns it."""
         if self.use_chat_template and self.tokenizer.is_sentencepiece:
             answer = answer.removeprefix(" ")  # the space that sentencepiece puts before a text
-        self.messages += [self.message("user", text), {"role": "assistant", "content": answer}]
+        self.messages = [*self.asked, {"role": "assistant", "content": answer}]
 
 
 def read_line() -> str | None:
@@ -60,14 +62,14 @@ def read_line() -> str | None:
         return input(prompt).strip()
 
 
-def chat(session, conversation: Conversation) -> None:
+def chat(session) -> None:
     """Answer the lines of standard input with a generate.Session, until they end or until Ctrl-C.
 
     During an answer, Ctrl-C ends that answer only.
     """
     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape", newline="\n")
-    if conversation.system:
-        conversation.prompt("")  # ValueError now, if it leaves no room
+    if session.system:
+        session.conversation.prompt("")  # ValueError now, if it leaves no room
     if sys.stdin.isatty():
         with suppress(ImportError):  # gives input() line editing and a history
             import readline  # noqa: F401, PLC0415
@@ -75,21 +77,21 @@ def chat(session, conversation: Conversation) -> None:
     while (line := tp.from_rank(read_line)) not in (None, "/exit", "/quit", "/bye"):
         try:
             if line == "/clear":
-                conversation.clear()
+                session.conversation.clear()
             elif line == "/stats":
                 print(session.statistics, file=sys.stderr)
             elif line:
-                answer_line(session, conversation, line)
+                answer_line(session, line)
         except ValueError as error:
             print(error, file=sys.stderr)
 
 
-def answer_line(session, conversation: Conversation, line: str) -> None:
+def answer_line(session, line: str) -> None:
     """Answer one line. An answer that fails or is empty leaves the conversation as it was."""
     with utils.reading("the line", "give some text in UTF-8"):
         text = utils.decode_text(line.encode("utf-8", "surrogateescape"))
-    answer = session.answer(conversation.prompt(text))
+    answer = session.answer(session.conversation.prompt(text))
     if answer:
-        conversation.add(text, answer)
+        session.conversation.add(answer)
     if session.finish_reason.startswith("limit"):  # of --max_new_tokens, or of the context
         print(f"the answer was cut at its {session.finish_reason}: /clear starts anew", file=sys.stderr)

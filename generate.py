@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 
@@ -53,7 +53,6 @@ class Engine:
         self.model = model
         self.device = model.tok_embeddings.weight.device
         self.max_seq_length = max_seq_length
-        model.extend_rope(model.args.max_seq_length)  # at once, because compiled code takes its size as a constant
         self.kv_cache = model.make_cache(0)  # `reserve` makes it larger
         self.cached_ids: list[int] = []
         self.num_cached = 0  # tokens of the last prompt that were cached
@@ -109,7 +108,7 @@ class Engine:
         """Wait for sampled ids, which are rank 0's. ValueError if the logits were not finite."""
         tokens = tp.broadcast(samples).tolist()
         if -1 in tokens:
-            raise ValueError("the model's logits are not finite: try --precision bfloat16, or another checkpoint")
+            raise ValueError("the logits are not finite: try --precision bfloat16, or another checkpoint")
         return tokens
 
     def forward(self, ids: list[int], params: SamplingParams) -> list[int]:
@@ -180,11 +179,10 @@ class Engine:
         if decode:
             is_captured = HAS_KERNELS and self.device.type == "cuda"
             self.decode_step = CapturedStep(compiled_step) if is_captured else compiled_step
-            self.start_pass(torch.zeros(2, 1, dtype=torch.int64, device=self.device), params)
         if prefill:
             self.prefill_step = compiled_step
-            inputs = torch.zeros(2, MAX_DECODE_ROWS + 1, dtype=torch.int64, device=self.device)
-            self.start_pass(inputs, params)
+        for rows in (1, MAX_DECODE_ROWS + 1):  # the first pass of each step compiles it
+            self.start_pass(torch.zeros(2, rows, dtype=torch.int64), params)
 
 
 def generate(engine: Engine, prompt: list[int], max_new_tokens: int, eos_ids, params: SamplingParams, speculation=None):
@@ -227,38 +225,40 @@ class Session:
     def __init__(self, args: argparse.Namespace, texts: list[str], prefix_cache=None) -> None:
         start = time.perf_counter()
         self.args = args
-        self.prefix_cache = prefix_cache
         self.system = tp.from_rank(lambda: utils.read_text(args.system, "--system") if args.system else "")
         with utils.reading("--stop", "give some text in UTF-8"):
             self.stops = [text.encode().decode().replace(r"\n", "\n").replace(r"\t", "\t") for text in args.stop]
         checkpoint = read_checkpoint(args.checkpoint_path)
         self.tokenizer = checkpoint.tokenizer
+        stop_ids = [token for text, token in self.tokenizer.added_tokens.items() if text in self.stops]
+        self.eos_ids = stop_ids if args.ignore_eos else stop_ids + self.tokenizer.eos_ids
         self.max_seq_length = min(args.context or math.inf, checkpoint.args.max_seq_length)
-        self.prompts = [self.conversation().prompt(text) for text in texts]
+        use_chat_template = self.tokenizer.chat_template is not None and not args.raw
+        self.conversation = Conversation(self.tokenizer, self.max_seq_length, self.system, use_chat_template)
+        self.prompts = [self.conversation.prompt(text, args.raw) for text in texts]
         self.max_new_tokens = args.max_new_tokens or (200 if texts else self.max_seq_length)
         if texts:
             self.max_seq_length = min(self.max_seq_length, max(map(len, self.prompts)) + self.max_new_tokens)
-        self.engine = self.load(checkpoint)
+        self.engine = self.load(checkpoint, prefix_cache)
         path = args.draft_checkpoint_path
-        draft = self.load(read_checkpoint(path), is_draft=True) if path else None
+        draft = self.load(read_checkpoint(path), prefix_cache, is_draft=True) if path else None
         lookup = PromptLookup() if args.prompt_lookup else None
         self.speculation = Speculation(draft, args.speculate_k, lookup) if draft or lookup else None
-        limits = {"top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p}
-        vocab_size = self.tokenizer.vocab_size
-        self.params = SamplingParams.create(args.device, 0, args.temperature, vocab_size=vocab_size, **limits)
+        limits = {name: getattr(args, name) for name in ("top_k", "top_p", "min_p")}
+        limits["vocab_size"] = self.tokenizer.vocab_size
+        self.params = SamplingParams.create(args.device, 0, args.temperature, **limits)
         self.finish_reason = ""  # why the last answer ended
         self.statistics = "no answer yet"  # the figures of the last answer
-        if args.compile or args.compile_prefill:
-            self.compile([self.engine, draft] if draft else [self.engine])
+        self.compile(filter(None, (self.engine, draft)))
         print(f"Load time: {time.perf_counter() - start:.3f} s", file=sys.stderr)
 
-    def load(self, checkpoint: Checkpoint, is_draft: bool = False) -> Engine:
+    def load(self, checkpoint: Checkpoint, prefix_cache, is_draft: bool = False) -> Engine:
         """An engine for a checkpoint. ValueError for a draft that lacks some of the model's tokens."""
         vocab, size = checkpoint.tokenizer.bpe.vocab, checkpoint.args.vocab_size
         if is_draft and (vocab != self.tokenizer.bpe.vocab or size < self.tokenizer.vocab_size):
             raise ValueError(f"{checkpoint.path} has another vocabulary: choose a draft of the family")
         model = tp.load_sharded(checkpoint, self.args.device, getattr(torch, self.args.precision), is_draft)
-        engine = Engine(model, min(self.max_seq_length, checkpoint.args.max_seq_length), checkpoint, self.prefix_cache)
+        engine = Engine(model, min(self.max_seq_length, checkpoint.args.max_seq_length), checkpoint, prefix_cache)
         engine.reserve(engine.max_seq_length if self.prompts else 1)  # in a conversation it grows
         if HAS_KERNELS:
             compile_kernels(model)
@@ -268,7 +268,7 @@ class Session:
         print(f"Memory: {weights:.3f} GB of weights, KV cache: {positions} positions of {size} bytes", file=sys.stderr)
         return engine
 
-    def compile(self, engines: list[Engine]) -> None:
+    def compile(self, engines: Iterable[Engine]) -> None:
         """Compile the steps that gain from it. ValueError if there is no compiler."""
         for engine in engines:
             # A CPU replays its steps instead. A compiled step runs one row as two, which costs too much in 4 bits.
@@ -278,11 +278,6 @@ class Session:
                 with utils.reading("torch.compile", "do without --compile[_prefill]"):
                     engine.compile(compile_decode, self.args.compile_prefill, self.params)
 
-    def conversation(self) -> Conversation:
-        """A new conversation."""
-        use_chat_template = self.tokenizer.chat_template is not None and not self.args.raw
-        return Conversation(self.tokenizer, self.max_seq_length, self.system, use_chat_template)
-
     def answer(self, prompt: list[int], i: int = 0) -> str:
         """Print the text that follows `prompt` while it is generated, with seed + i. Return it from Tokenizer.decode.
 
@@ -291,13 +286,12 @@ class Session:
         args, streamer = self.args, TextStreamer(self.stops)
         ids, times = [], []  # seconds from the start to each token
         interruptible = args.interactive and tp.WORLD_SIZE == 1  # torchrun ends its ranks on Ctrl-C
-        eos_ids = [] if args.ignore_eos else self.tokenizer.eos_ids
         self.params.seed.fill_((args.seed + i) % 2**31)
         if self.speculation:
             self.speculation.start()
         start = time.perf_counter()
         finish_reason = "interrupted"
-        tokens = generate(self.engine, prompt, self.max_new_tokens, eos_ids, self.params, self.speculation)
+        tokens = generate(self.engine, prompt, self.max_new_tokens, self.eos_ids, self.params, self.speculation)
         with suppress(KeyboardInterrupt) if interruptible else nullcontext(), closing(tokens):
             for token in tokens:
                 ids.append(token)
@@ -320,8 +314,7 @@ class Session:
         decoded = max(new_tokens - 1, 0)  # prefill samples the first token
         seconds = times[-1] - times[0] or math.inf  # no rates of a single token
         passes = self.speculation.num_passes if self.speculation else decoded
-        state_dict = self.engine.model.state_dict()
-        size = sum(weight.nbytes for name, weight in state_dict.items() if name != "tok_embeddings.weight")
+        size = sum(buffer.nbytes for buffer in self.engine.model.buffers())  # of the linear layers
         lines = [
             f"Prompt tokens: {prompt_tokens} (cached {cached} of {prompt_tokens})",
             f"Time to first token: {times[0]:.3f} s",
@@ -382,7 +375,7 @@ def generate_all(args: argparse.Namespace, prefix_cache=None) -> Session:
     texts = tp.from_rank(lambda: [utils.read_text(text, "--prompt") for text in prompts])
     session = Session(args, texts, prefix_cache)
     if args.interactive:
-        chat(session, session.conversation())
+        chat(session)
     for prompt in session.prompts:
         for i in range(args.num_samples):
             if session.finish_reason:

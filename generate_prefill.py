@@ -71,7 +71,8 @@ class PrefixCache:
                         break
                     self.load_block(path, parts)
                     engine.cached_ids[start:] = ids[start : start + BLOCK_SIZE]
-        engine.truncate(min(tp.all_gather(len(engine.cached_ids))))  # blocks that all ranks have found
+        # The blocks that all ranks have found.
+        engine.truncate(min(tp.from_rank(lambda: len(engine.cached_ids), rank) for rank in range(tp.WORLD_SIZE)))
 
     def load_block(self, path: Path, parts: list[Tensor]) -> None:
         """Copy a file to its part of the KV cache. A damaged file is deleted: OSError."""

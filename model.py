@@ -131,8 +131,7 @@ def attention(qkv: Tensor, rope: Tensor, input_pos: Tensor, cache: Tensor) -> Te
     q = q.reshape(batch, n_kv_head, -1, head_dim)
     mask = input_pos[:, None] >= torch.arange(length, device=q.device)  # [S, length]
     y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask.repeat(n_head // n_kv_head, 1))
-    y = y.reshape(batch, n_head, rows, head_dim).transpose(1, 2)
-    return y.reshape(batch, rows, n_head * head_dim)
+    return y.reshape(batch, n_head, rows, head_dim).transpose(1, 2).flatten(2)
 
 
 def attention_meta(qkv: Tensor, rope: Tensor, input_pos: Tensor, cache: Tensor) -> Tensor:
@@ -253,14 +252,10 @@ class Transformer(nn.Module):
 
     def make_cache(self, positions: int, batch: int = 1) -> list[Tensor]:
         """An empty KV cache, [2, batch, n_kv_head, positions, head_dim] for each layer, and the RoPE table."""
-        self.extend_rope(positions)
+        if self.rope is None:  # of the whole context at once, because compiled code takes its size as a constant
+            self.rope = rope_table(self.args, self.args.max_seq_length).to(self.tok_embeddings.weight.device)
         shape = 2, batch, self.args.n_kv_head, positions, self.args.head_dim
         return [self.tok_embeddings.weight.new_empty(shape) for _ in self.layers]
-
-    def extend_rope(self, positions: int) -> None:
-        """Make the RoPE table for at least `positions` positions."""
-        if self.rope is None or len(self.rope) < positions:
-            self.rope = rope_table(self.args, positions).to(self.tok_embeddings.weight.device)
 
     def forward(self, tokens: Tensor, input_pos: Tensor, cache: list[Tensor], last_only: bool = False) -> Tensor:
         """Logits [B, S, vocab_size] of `tokens` [B, S] at the consecutive positions `input_pos` [S].

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model import define
+
 
 @dataclass
 class SamplingParams:
@@ -79,16 +81,9 @@ def sample_reference(logits: Tensor, input_pos: Tensor, seed: Tensor, temperatur
     return torch.where(largest.isfinite(), ids, -1)
 
 
-def sample_meta(logits: Tensor, *others: object) -> Tensor:
-    """The shape of the result, for torch.compile."""
-    return logits.new_empty(logits.shape[0], dtype=torch.int64)  # len() would make a symbolic size constant
-
-
-library = torch.library.Library("llama", "FRAGMENT")
-limits = "int top_k, float top_p, float min_p"
-library.define(f"sample(Tensor logits, Tensor input_pos, Tensor seed, Tensor temperature, {limits}) -> Tensor")
-library.impl("sample", sample_reference, "CompositeExplicitAutograd")
-library.impl("sample", sample_meta, "Meta")
+schema = "sample(Tensor logits, Tensor input_pos, Tensor seed, Tensor temperature, int top_k, float top_p, float min_p)"
+# len(logits) would make a symbolic size constant.
+define(schema, sample_reference, lambda logits, *_: logits.new_empty(logits.shape[0], dtype=torch.int64))
 
 
 def sample(logits: Tensor, input_pos: Tensor, params: SamplingParams) -> Tensor:

@@ -5,6 +5,7 @@ decoding. https://arxiv.org/abs/2302.01318, with the noise shared as in https://
 """
 
 import os
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -46,8 +47,7 @@ class PromptLookup:
 
     def propose(self, position: int, k: int) -> list[int]:
         """`k` tokens of the text from `position` on; if it ends first, repeat them."""
-        tokens = self.ids[position : position + k]
-        return [tokens[i % len(tokens)] for i in range(k)]
+        return [self.ids[position + i % (len(self.ids) - position)] for i in range(k)]
 
 
 class MovingAverage:
@@ -140,7 +140,7 @@ class Speculation:
         options = [("none", 0), *((each, 1) for each in sources if each != source), *beside]
         return min((option for option in options if option != best), key=self.last_used.__getitem__)
 
-    def update(self, source: str, k: int, accepted: int, draft_seconds: float, pass_seconds: float) -> None:
+    def update(self, source: str, k: int, accepted: int, pass_seconds: float) -> None:
         """Add a pass with `k` guesses to the averages."""
         self.passes += 1
         self.num_passes += 1
@@ -150,8 +150,21 @@ class Speculation:
         for i in range(min(accepted + 1, k)):
             self.acceptance[source].add(float(i < accepted), self.passes)
         self.pass_seconds[k].add_seconds(pass_seconds, self.passes)
-        if source == "draft" and k > 0:
-            self.draft_seconds.add_seconds(draft_seconds / k, self.passes)
+
+    def ask_draft(self, ids: list[int], k: int, params: SamplingParams) -> list[int]:
+        """Up to `k` guesses of the draft. After an error it is not asked again."""
+        try:
+            self.draft.match_prefix(ids)
+            if len(ids) - len(self.draft.cached_ids) > self.numbers[-1] + 1:
+                self.draft.prefill(ids, params)  # the draft catches up before the clock starts
+            start = time.perf_counter()
+            guesses = self.draft.draft(ids, k, params)
+            self.draft_seconds.add_seconds((time.perf_counter() - start) / len(guesses), self.passes)
+            return guesses
+        except ValueError as error:
+            print(f"going on without the draft {self.draft.checkpoint.path}: {error}", file=sys.stderr)
+            self.draft = None
+            return []
 
     def speculative_decode(self, engine, ids: list[int], max_new_tokens: int, params: SamplingParams) -> list[int]:
         """The tokens that follow `ids`, from one pass of an Engine: one, and one more for each accepted guess."""
@@ -162,17 +175,12 @@ class Speculation:
         # Rank 0 chooses, because the clocks of the ranks differ.
         source, k = tp.from_rank(lambda: self.choose(max_new_tokens - 1, sources))
         if source == "draft":
-            self.draft.match_prefix(ids)
-            if len(ids) - len(self.draft.cached_ids) > self.numbers[-1] + 1:
-                self.draft.prefill(ids, params)  # the draft catches up before the clock starts
-        start = time.perf_counter()
-        if source == "draft":
-            guesses = self.draft.draft(ids, k, params)
+            guesses = self.ask_draft(ids, k, params)
         else:
             guesses = self.lookup.propose(position, k) if k > 0 else []
-        middle = time.perf_counter()
+        start = time.perf_counter()
         samples = engine.forward([ids[-1], *guesses], params)
         accepted = len(os.path.commonprefix([guesses, samples]))
-        self.update(source, len(guesses), accepted, middle - start, time.perf_counter() - middle)
+        self.update(source, len(guesses), accepted, time.perf_counter() - start)
         engine.truncate(len(ids) + accepted)
         return samples[: accepted + 1]

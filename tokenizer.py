@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from heapq import heappop, heappush
 from itertools import groupby
+from time import strftime
 
 from utils import reading
 
@@ -31,15 +32,20 @@ CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 
 
 class SentencePiece:
-    """A tokenizer.model. Any exception of sentencepiece's if it is not one."""
+    """A tokenizer.model. Any exception of sentencepiece's if it is not one.
 
-    def __init__(self, model_proto: bytes) -> None:
+    With `is_metaspace` no space is put before a text that starts with one, as in HF tokenizers' Metaspace.
+    """
+
+    def __init__(self, model_proto: bytes, is_metaspace: bool = False) -> None:
+        self.is_metaspace = is_metaspace
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=model_proto)
         self.processor_without_prefix = sentencepiece.SentencePieceProcessor(model_proto=model_proto + NO_DUMMY_PREFIX)
         self.vocab = [self.processor.id_to_piece(token) for token in range(self.processor.vocab_size())]
 
     def encode(self, text: str, add_prefix_space: bool) -> list[int]:
         """Token ids of a text, after a space if the model adds one."""
+        add_prefix_space = add_prefix_space and not (self.is_metaspace and text.startswith((" ", "▁")))
         return (self.processor if add_prefix_space else self.processor_without_prefix).encode(text)
 
     def token_bytes(self, token: int) -> bytes:
@@ -154,6 +160,8 @@ class Tokenizer:
         environment.add_extension("jinja2.ext.loopcontrols")
         names = {"bos_token": self.bos_token, "eos_token": self.eos_token, "add_generation_prompt": True}
         environment.globals |= names | {"tools": None, "documents": None, "raise_exception": raise_exception}
+        if "strftime_now is" not in (self.chat_template or ""):  # a template that asks for a clock has its own date
+            environment.globals["strftime_now"] = strftime
         environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         self.compiled_template = environment.from_string(self.chat_template or "")
 
@@ -169,7 +177,7 @@ class Tokenizer:
     def render(self, messages: list[dict]) -> str:
         """The chat template of `messages` with `role` and escaped `content`, up to where the next answer starts.
 
-        It has no clock, so that the same messages give the same text every day.
+        Only a template that needs a clock has one; with others, the same messages give the same text every day.
         """
         with reading("the chat template", "leave out --system, or the template by --raw"):
             return self.compiled_template.render(messages=messages)

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import all_gather_tensor
+from torch.distributed.rendezvous import rendezvous
 
 from checkpoint import Checkpoint, bits_and_groupsize, load_model
 from model import Linear, ModelArgs, Transformer
@@ -38,20 +40,36 @@ def init(device: str) -> None:
         if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count():
             raise ValueError(f"--nproc_per_node: this host has {torch.cuda.device_count()} GPUs: start no more ranks")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # The timeout is long, because a conversation may rest for days; a rank that ends is noticed at once.
-    dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", timeout=timedelta(weeks=52))
+    store, *_ = next(rendezvous("env://"))
+    if store.add("joined", 1) == WORLD_SIZE:
+        store.set("complete", "")
+    try:
+        store.wait(["complete"], timedelta(seconds=10))
+    except RuntimeError:
+        print(f"waiting for {WORLD_SIZE - store.add('joined', 0)} of {WORLD_SIZE} ranks", file=sys.stderr)
+        store.wait(["complete"])  # half an hour
+    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    # This timeout is long, because a conversation may rest for days; a rank that ends is noticed at once.
+    dist.init_process_group(backend, None, timedelta(weeks=52), WORLD_SIZE, RANK, store)
+
+
+def report(message: str) -> None:
+    """Print the first error of this host's ranks; what follows is its consequence, or the same on another rank."""
+    is_first = os.environ["LOCAL_RANK"] == "0"
+    with suppress(RuntimeError, ValueError):  # there is no store yet, or no more
+        is_first = dist.distributed_c10d._get_default_store().add(f"errors {os.environ.get('GROUP_RANK')}", 1) == 1
+    if is_first:
+        print(message, file=sys.__stderr__)
 
 
 def run(main: Callable[[], None]) -> None:
-    """utils.run; only rank 0 reads and prints, and the first rank of each host prints errors."""
+    """utils.run; only rank 0 reads and prints."""
     if not STARTED_BY_TORCHRUN:
         utils.run(main)
-    devnull = open(os.devnull, "r+")  # noqa: SIM115  open until the process ends
-    errors = sys.stderr if os.environ["LOCAL_RANK"] == "0" else devnull
     if RANK > 0:
-        sys.stdin = sys.stdout = sys.stderr = devnull
-    status = utils.exit_status(main, errors, "a rank has ended, or is out of reach")
-    os._exit(status)  # a plain exit waits for threads of the process group, and aborts
+        sys.stdin = sys.stdout = sys.stderr = open(os.devnull, "r+")  # noqa: SIM115  open until the process ends
+    # A plain exit waits for threads of the process group, and aborts.
+    os._exit(utils.exit_status(main, report, "a rank has ended, or is out of reach"))
 
 
 def cgroup_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
@@ -89,11 +107,6 @@ def from_rank(compute: Callable, rank: int = 0) -> object:
     size = int(broadcast(torch.tensor(len(data)), rank))
     data = broadcast(torch.tensor(list(data.ljust(size)), dtype=torch.uint8), rank)
     return json.loads(bytes(data.tolist()))
-
-
-def all_gather(value: object) -> list:
-    """`value` of each rank, in their order."""
-    return [from_rank(lambda: value, rank) for rank in range(WORLD_SIZE)]
 
 
 def shard(name: str, tensor: Tensor, args: ModelArgs) -> Tensor:

@@ -1,6 +1,6 @@
 """The common parts of the scripts: errors in one line, progress, arguments.
 
-It knows nothing of models. Scripts import it before torch: it silences a warning, and Ctrl-C ends that import cleanly.
+It knows nothing of models. Scripts import it before torch: it silences warnings, and Ctrl-C ends that import cleanly.
 """
 
 import argparse
@@ -17,15 +17,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch warns when it is imported; we do not use NumPy
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a rank that has ended is no stack of C++ frames
 progress = partial(tqdm, leave=False, disable=None)  # a bar on stderr if that is a terminal
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup ignores it
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `run`: an interrupted import of torch is a long traceback
 
 
-def exit_status(main: Callable[[], None], errors: object = None, cause: str = "") -> int:
+def exit_status(main: Callable[[], None], report: Callable[[str], None] | None = None, cause: str = "") -> int:
     """Call `main` and return the exit status.
 
-    An error that a user can cause is printed as one line on `errors` (stderr), with status 1; 130 after Ctrl-C. A
+    An error that a user can cause is one line on stderr, or for `report`, with status 1; 130 after Ctrl-C. A
     RuntimeError is a fault of ours and keeps its traceback, unless memory ran out or `cause` explains it.
     """
     warnings.simplefilter("ignore")
@@ -47,7 +48,7 @@ def exit_status(main: Callable[[], None], errors: object = None, cause: str = ""
                 raise
             message = f"{cause or 'the GPU or its driver failed, or is busy'}: {message[:300]}"
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise the interpreter complains about stdout at its end
-        print(message, file=errors or sys.stderr)
+        report(message) if report else print(message, file=sys.stderr)
         return 1
 
 

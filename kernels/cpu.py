@@ -173,7 +173,7 @@ class CpuGraph(TorchDispatchMode):
         """Run `step` (model, inputs, ...), in which `args` are the others, and note its calls: its result."""
         self.captured_args = args
         self.calls = []
-        self.keep_alive = [inputs, args[0].rope]  # the model may replace its table by a larger one
+        self.keep_alive = [inputs]
         self.buffers = [torch.empty(0)]
         self.replayable = True
         try:

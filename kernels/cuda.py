@@ -411,7 +411,6 @@ class CudaGraph:
     def capture(self, step: Callable[..., Tensor], inputs: Tensor, args: tuple) -> Tensor:
         """Run `step` (model, inputs, ...), which compiles its kernels, then capture it: the result of the run."""
         self.captured_args = args
-        self.rope = args[0].rope  # kept alive, because the model may replace it by a larger one
         self.inputs = inputs.to(args[0].norm.weight.device)
         samples = step(args[0], self.inputs, *args[1:])
         self.graph = torch.cuda.CUDAGraph()

@@ -19,20 +19,41 @@ struct Sampler : RowOp {
     double top_p, min_p;
     int64_t *y;
 
+    // The sum of e to the score - top, for all scores.
+    static double sum_of_exponentials(const std::vector<float> &scores, float top) {
+        double sum = 0;
+        size_t i = 0;
+        for (; i + LANES <= scores.size(); i += LANES) {
+            const Floats terms = exponential(load<Floats>(&scores[i]) - top);
+            for (long l = 0; l < LANES; l++) sum += terms[l];
+        }
+        for (; i < scores.size(); i++) sum += exponential(scores[i] - top);
+        return sum;
+    }
+
     // Keep the largest scores, of equal ones the first: at most `count`, until they have `probability` of all. The others
-    // become minus infinity.
+    // become minus infinity. Only those within a margin of the largest are ordered; if they do not suffice, it grows.
     void filter(std::vector<float> &scores, long count, double probability) const {
         static thread_local std::vector<std::pair<float, long>> heap;  // of equal scores, the larger -i comes first
-        heap.resize(in);
-        for (long i = 0; i < in; i++) heap[i] = {scores[i], -i};
+        const float top = *std::max_element(scores.begin(), scores.end());
+        const double needed = std::isinf(probability) ? INFINITY : probability * sum_of_exponentials(scores, top);
+        float margin = 1;
+        double sum = 0;
+        for (heap.clear(); long(heap.size()) < std::min(count, in) && sum < needed; margin = margin < 64 ? 2 * margin : INFINITY) {
+            heap.clear();
+            sum = 0;
+            for (long i = 0; i < in; i++)
+                if (scores[i] >= top - margin) {
+                    heap.emplace_back(scores[i], -i);
+                    if (count == in) sum += exponential(scores[i] - top);
+                }
+        }
         std::make_heap(heap.begin(), heap.end());
-        const float top = heap[0].first;
-        double total = 0, sum = 0;
-        for (float score : scores) total += exponential(score - top);
         auto rest = heap.end();
-        for (; rest > heap.begin() && heap.end() - rest < count && sum < probability * total; sum += exponential(rest->first - top))
+        for (sum = 0; rest > heap.begin() && heap.end() - rest < count && sum < needed; sum += exponential(rest->first - top))
             std::pop_heap(heap.begin(), rest--);
-        while (rest > heap.begin()) scores[-(--rest)->second] = -INFINITY;
+        scores.assign(in, -INFINITY);
+        for (; rest < heap.end(); rest++) scores[-rest->second] = rest->first;
     }
 
     void run(long row) const {

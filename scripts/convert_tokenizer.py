@@ -1,7 +1,11 @@
-"""Read the tokenizer of a Hugging Face directory: sentencepiece (tokenizer.model), byte-level BPE (tokenizer.json)."""
+"""Read the tokenizer of a Hugging Face directory.
+
+tokenizer.model is sentencepiece's. tokenizer.json has byte-level BPE, or what sentencepiece had, in other words.
+"""
 
 import json
 import re
+import struct
 import sys
 from dataclasses import replace
 from functools import cache
@@ -13,14 +17,17 @@ import utils
 
 from tokenizer import BYTE_TO_CHAR, NO_DUMMY_PREFIX, SentencePiece, Tokenizer
 
-NEEDED = "a tokenizer.model of sentencepiece is needed, or a tokenizer.json of byte-level BPE"
+NEEDED = "a tokenizer.model of sentencepiece is needed, or a tokenizer.json of BPE"
 GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's \s; Python's has four more
 CLASS = re.compile(r"\\s|\\p\{[LMNPSZC]\w?\}")
-CONTROL = 3  # a type of sentencepiece's pieces
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # types of sentencepiece's pieces
 # Values that the model of tokenizer.json, and each added token, may have. Nothing else is implemented.
-MODEL = {"type": ["BPE", None]} | dict.fromkeys(["dropout", "byte_fallback"], [None, False])
+MODEL = {"type": ["BPE", None], "dropout": [None]}
 MODEL |= dict.fromkeys(["continuing_subword_prefix", "end_of_word_suffix"], [None, ""])
+# Normalizers that spell a text as sentencepiece does: a space becomes "▁", after one is put before the text.
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+PREPEND = {"type": "Prepend", "prepend": "▁"}
 ADDED = dict.fromkeys(["single_word", "lstrip", "rstrip"], [None, False])
 # Put before a chat template whose messages have a list of typed parts as their content.
 TYPED_CONTENT = """{%- set typed = namespace(messages=[]) %}
@@ -104,30 +111,95 @@ def split_patterns(node: dict) -> list[str]:
     raise ValueError(f"the pre-tokenizer {node} is not supported")
 
 
+def pieces_by_id(model: dict) -> list[str]:
+    """The vocabulary of tokenizer.json; "" where an id has no piece."""
+    pieces = {token: piece for piece, token in model["vocab"].items()}
+    return [pieces.get(token, "") for token in range(max(pieces) + 1)]
+
+
+def read_merges(model: dict) -> list[tuple[str, str]]:
+    """The merges of tokenizer.json, each of which makes a piece."""
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    for left, right in merges:
+        if left + right not in model["vocab"]:
+            raise ValueError(f"the merge of {left!r} and {right!r} makes no token of the vocabulary")
+    return merges
+
+
 def byte_level_bpe(tokenizer_json: dict) -> dict:
     """The arguments of tokenizer.ByteLevelBPE. ValueError if tokenizer.json describes something else."""
     model = tokenizer_json["model"]
     require(tokenizer_json, {"normalizer": [None, {"type": "Sequence", "normalizers": []}]})
     require(tokenizer_json["decoder"], {"type": ["ByteLevel"]})
-    require(model, MODEL)
+    require(model, MODEL | {"byte_fallback": [None, False]})
     pre_tokenizer = tokenizer_json["pre_tokenizer"]
     kinds = [step["type"] for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer])]
     if kinds.count("ByteLevel") != 1 or kinds[-1] != "ByteLevel":
         raise ValueError(f"the pre-tokenizer {pre_tokenizer} is not supported: ByteLevel must be its end")
     if model.get("unk_token") and any(chr(code) not in model["vocab"] for code in BYTE_TO_CHAR.values()):
         raise ValueError("unk_token with a vocabulary that lacks some bytes is not supported")
-    pieces = {token: piece for piece, token in model["vocab"].items()}
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    for left, right in (merge.split(" ") for merge in merges):
-        if left + right not in model["vocab"]:
-            raise ValueError(f"the merge of {left!r} and {right!r} makes no token of the vocabulary")
-    vocab = [pieces.get(token, "") for token in range(max(pieces) + 1)]
+    merges = read_merges(model)
     return {
-        "vocab": json.dumps(vocab),
-        "merges": json.dumps(merges),
+        "vocab": json.dumps(pieces_by_id(model)),
+        "merges": json.dumps([" ".join(merge) for merge in merges]),
         "pre_tokenizer_patterns": split_patterns(pre_tokenizer),
         "ignore_merges": model.get("ignore_merges", False),
     }
+
+
+def prefix_space(tokenizer_json: dict) -> str:
+    """Where a tokenizer.json of sentencepiece's kind adds a space: "always" before a text and after each added token,
+    "first" before a text only, or "never". ValueError if it describes something else.
+    """
+    normalizer, pre_tokenizer = tokenizer_json.get("normalizer") or {}, tokenizer_json.get("pre_tokenizer")
+    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    if pre_tokenizer is None and steps in ([PREPEND, REPLACE], [REPLACE]):
+        return "always" if PREPEND in steps else "never"
+    if steps or not pre_tokenizer or pre_tokenizer["type"] != "Metaspace" or pre_tokenizer.get("split", True):
+        raise ValueError(f"byte_fallback with {normalizer} and {pre_tokenizer} is not supported")
+    return pre_tokenizer["prepend_scheme"]
+
+
+def protobuf(number: int, value: float | bytes) -> bytes:
+    """A field in protobuf's encoding. https://protobuf.dev/programming-guides/encoding"""
+
+    def varint(n: int) -> bytes:
+        return bytes([n]) if n < 128 else bytes([n % 128 + 128]) + varint(n // 128)
+
+    if isinstance(value, bytes):
+        return varint(8 * number + 2) + varint(len(value)) + value
+    if isinstance(value, float):
+        return varint(8 * number + 5) + struct.pack("<f", value)
+    return varint(8 * number) + varint(value)
+
+
+def sentencepiece_bpe(tokenizer_json: dict) -> dict:
+    """The arguments of tokenizer.SentencePiece: a tokenizer.model with the pieces of a tokenizer.json.
+
+    sentencepiece merges two parts if they make a piece, the one with the highest score first. ValueError if
+    tokenizer.json has other merges than these, in the order of some scores.
+    """
+    model = tokenizer_json["model"]
+    require(model, MODEL)
+    byte_pieces = [f"<0x{byte:02X}>" for byte in range(256)]
+    added = [entry["content"] for entry in tokenizer_json["added_tokens"] if entry["content"] in model["vocab"]]
+    normal = model["vocab"].keys() - {*byte_pieces, *added}
+    merges = [merge for merge in read_merges(model) if normal >= {*merge, "".join(merge)}]
+    merged = [piece for piece, _ in groupby("".join(merge) for merge in merges)]
+    splits = [(piece[:i], piece[i:]) for piece in normal for i in range(1, len(piece))]
+    are_merges_implied = {*merges} == {split for split in splits if normal >= {*split}}
+    if not (added and are_merges_implied and len(merged) == len({*merged}) and model["vocab"].keys() >= {*byte_pieces}):
+        raise ValueError("byte_fallback with pieces or merges that are not those of a sentencepiece model")
+    scores = {piece: -float(rank) for rank, piece in enumerate(merged)}
+    types = dict.fromkeys(byte_pieces, BYTE) | dict.fromkeys(added, CONTROL)
+    types[model.get("unk_token") or added[0]] = UNKNOWN
+    proto = protobuf(2, protobuf(3, 2) + protobuf(35, 1))  # trainer_spec: model_type is BPE, byte_fallback
+    proto += protobuf(3, protobuf(4, 0))  # normalizer_spec: remove_extra_whitespaces
+    for piece in pieces_by_id(model):
+        fields = [piece.encode(), scores.get(piece, -1e9), types.get(piece, NORMAL)]
+        proto += protobuf(1, b"".join(protobuf(number, value) for number, value in enumerate(fields, start=1)))
+    proto += NO_DUMMY_PREFIX if prefix_space(tokenizer_json) == "never" else b""
+    return {"model_proto": proto, "is_metaspace": tokenizer_json.get("pre_tokenizer") is not None}
 
 
 def bos_of_post_processor(tokenizer_json: dict) -> str:
@@ -238,12 +310,15 @@ def read_fields(folder: Path, config: dict, vocab_size: int, eos_ids: set[int]) 
     path = folder / "tokenizer.model"
     if tokenizer_json and ("ByteLevel" in str(tokenizer_json.get("decoder")) or not path.exists()):
         with utils.reading(folder / "tokenizer.json", NEEDED):
-            model = byte_level_bpe(tokenizer_json)
+            is_byte_level = not tokenizer_json["model"].get("byte_fallback")
+            model = byte_level_bpe(tokenizer_json) if is_byte_level else sentencepiece_bpe(tokenizer_json)
+            legacy = is_byte_level or prefix_space(tokenizer_json) == "always"
             bos = bos_of_post_processor(tokenizer_json)
-        plain = Tokenizer(model, {}, [], bos, "", add_bos_token=bool(bos), eos_ids=[])
+        plain = Tokenizer(model, {}, [], bos, "", add_bos_token=bool(bos), eos_ids=[], legacy=legacy)
     else:
         with utils.reading(path, NEEDED):
             plain = sentencepiece_tokenizer(sentencepiece_model(path, added, config))
+        plain.legacy = config.get("legacy", True)
     added_tokens = plain.added_tokens | {text: token for token, text in added.items()}
     bos, eos = [named_token(config, name) or getattr(plain, name) for name in ("bos_token", "eos_token")]
     own_eos = {token for text, token in added_tokens.items() if text == eos}
@@ -256,7 +331,6 @@ def read_fields(folder: Path, config: dict, vocab_size: int, eos_ids: set[int]) 
         eos_token=eos,
         add_bos_token=plain.add_bos_token if add_bos is None else add_bos,
         eos_ids=sorted(eos_ids | own_eos),
-        legacy=config.get("legacy", True),
     )
 
 

@@ -30,6 +30,11 @@ class Always(Speculation):
         return (sources[-1], min(max_k, 4)) if sources and max_k > 0 else ("none", 0)
 
 
+def all_gather(value: object) -> list:
+    """`value` of each rank, in their order."""
+    return [tp.from_rank(lambda: value, rank) for rank in range(tp.WORLD_SIZE)]
+
+
 def load(path: Path, is_draft: bool = False, dtype: torch.dtype = torch.float32) -> Engine:
     checkpoint = read_checkpoint(path)
     return Engine(tp.load_sharded(checkpoint, "cpu", dtype, is_draft), 256, checkpoint)
@@ -108,7 +113,7 @@ def memory(folder: Path) -> list:
     model = tp.load_sharded(read_checkpoint(folder / "model.pth"), "cpu", torch.bfloat16)
     with torch.inference_mode():
         model(torch.tensor([[1]]), torch.tensor([0]), model.make_cache(16))
-    return tp.all_gather([before, resident()])
+    return all_gather([before, resident()])
 
 
 def main(cases: Callable, folder: Path, results: Path) -> None:
@@ -118,7 +123,7 @@ def main(cases: Callable, folder: Path, results: Path) -> None:
     found = cases(folder)
     if tp.RANK == 0:
         results.write_text(json.dumps(found))
-    tp.all_gather(None)
+    all_gather(None)
 
 
 if __name__ == "__main__":

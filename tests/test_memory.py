@@ -103,7 +103,7 @@ def test_growth_without_memory_is_one_line_and_the_conversation_goes_on(monkeypa
     words = ["--interactive", "--checkpoint_path", str(demo["target"]), "--precision", "float32", "--device", "cpu"]
     monkeypatch.setattr(generate, "MIN_CAPACITY", 16)
     session = Session(build_parser().parse_args([*words, "--max_new_tokens", "40", "--ignore_eos"]), [])
-    conversation, new_empty = session.conversation(), torch.Tensor.new_empty
+    conversation, new_empty = session.conversation, torch.Tensor.new_empty
 
     def refuse(tensor: torch.Tensor, *shape: int, **options: object) -> torch.Tensor:
         if len(shape) == 5 and shape[3] > 32:
@@ -159,7 +159,7 @@ def test_the_context_limits_prompt_and_answer(demo) -> None:
 
 def test_a_conversation_fills_the_context_and_says_so(demo, capsys) -> None:
     session = session_of(demo["target"], [], "--interactive", "--context", 40, "--ignore_eos")
-    conversation = session.conversation()
+    conversation = session.conversation
     answer_line(session, conversation, "def f(")
     assert "the answer was cut at its limit of" in capsys.readouterr().err
     with pytest.raises(ValueError, match="but a context of 40"):

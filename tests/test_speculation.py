@@ -326,7 +326,9 @@ def seconds_per_token(
         pass_seconds = costs[tried] * draw.gauss(1, 0.05)
         draft_seconds = tried * guess_cost * draw.gauss(1, 0.05) if source == "draft" else 0.0
         if k is None:
-            speculation.update(source, tried, accepted, draft_seconds, pass_seconds)
+            speculation.update(source, tried, accepted, pass_seconds)
+        if k is None and source == "draft":
+            speculation.draft_seconds.add_seconds(draft_seconds / tried, speculation.passes)
         spent += pass_seconds + draft_seconds
         made += accepted + 1
     return spent / made
@@ -387,8 +389,9 @@ def test_a_pause_of_the_machine_does_not_mislead_for_long() -> None:
             source, k = speculation.choose(15, list(probabilities))
             accepted = k if probabilities.get(source) else 0
             pause = 60.0 if i == 200 else 0.0
-            draft_seconds = 0.1 * k if source == "draft" else 0.0
-            speculation.update(source, k, accepted, draft_seconds, COSTS["sloped"][k] + pause)
+            if source == "draft":
+                speculation.draft_seconds.add_seconds(0.1, speculation.passes)
+            speculation.update(source, k, accepted, COSTS["sloped"][k] + pause)
             counts.append(k)
         assert sum(k == best for k in counts[300:]) > 270
 
@@ -454,6 +457,34 @@ def test_another_vocabulary_is_refused_and_other_notes_in_the_tokenizer_are_not(
     assert done.returncode == 1
     model, error = done.stderr.splitlines()
     assert model.startswith("Memory: ") and "another vocabulary" in error
+
+
+def test_a_draft_that_fails_is_left_out(demo, tmp_path: Path) -> None:
+    """Its numbers are not finite: one line names it, and the text is that of plain decoding."""
+    content = torch.load(demo["draft"], weights_only=True)
+    content["model"]["norm.weight"] = torch.full_like(content["model"]["norm.weight"], torch.nan)
+    torch.save(content, tmp_path / "draft.pth")
+    flags = ["--checkpoint_path", demo["target"], "--precision", "float32", "--max_new_tokens", 20, "--ignore_eos"]
+    plain = run_cli("generate.py", *flags)
+    done = run_cli("generate.py", *flags, "--num_samples", 2, "--draft_checkpoint_path", tmp_path / "draft.pth")
+    assert done.stdout.startswith(plain.stdout)
+    (line,) = [line for line in done.stderr.splitlines() if "finite" in line]
+    assert line.startswith(f"going on without the draft {tmp_path / 'draft.pth'}: ")
+
+
+def test_added_tokens_of_a_draft_may_have_other_names(demo, tmp_path: Path) -> None:
+    """As those of R1-Distill and Llama 3.2: a guess cannot change the text."""
+    content = torch.load(demo["draft"], weights_only=True)
+    fields = content["tokenizer"]
+    for number, (text, token) in enumerate(list(fields["added_tokens"].items())):
+        del fields["added_tokens"][text]
+        fields["added_tokens"][f"<|reserved_{number}|>"] = token
+    fields["special_tokens"] = list(fields["added_tokens"])
+    torch.save(content, tmp_path / "draft.pth")
+    flags = ["--checkpoint_path", demo["target"], "--precision", "float32", "--max_new_tokens", 30, "--ignore_eos"]
+    done = run_cli("generate.py", *flags, "--draft_checkpoint_path", tmp_path / "draft.pth")
+    assert done.stdout == run_cli("generate.py", *flags).stdout
+    assert int(re.search(r"(\d+) accepted", done.stderr)[1]) > 0
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import decoded, generated, make_params, new_engine, run_cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -87,7 +88,7 @@ def answer(session: Session, prompt: list[int], stops: list[str], capsys) -> str
 def test_an_answer_ends_before_the_first_stop_text(session, guessing, guesses: bool, capsys) -> None:
     """Across tokens, within them, at the very first, in guesses; two that start alike; not in the prompt."""
     asked, draw = guessing if guesses else session, random.Random(0)
-    prompt = session.conversation().prompt(TEXT)
+    prompt = session.conversation.prompt(TEXT)
     text = answer(session, prompt, [], capsys)
     ids = prompt + generated(new_engine(session.engine.model), prompt, 40, session.params, session.tokenizer.eos_ids)
     assert len(text) > 40
@@ -106,7 +107,7 @@ def test_an_answer_ends_before_the_first_stop_text(session, guessing, guesses: b
 @pytest.mark.parametrize("guesses", [False, True], ids=["plain", "guessing"])
 def test_after_a_stop_text_the_cache_is_a_fresh_one(session, guessing, guesses: bool, capsys) -> None:
     asked = guessing if guesses else session
-    prompt = session.conversation().prompt(TEXT)
+    prompt = session.conversation.prompt(TEXT)
     text = answer(asked, prompt, [], capsys)
     for stop in (text[7:10], text[20:22], text[1:3]):
         kept = answer(asked, prompt, [stop], capsys)
@@ -133,11 +134,11 @@ def test_the_prefix_cache_holds_no_text_after_the_stop_text(demo, tmp_path: Path
 def test_a_conversation_goes_on_after_the_printed_text(chat, monkeypatch, capsys) -> None:  # noqa: F811
     """Turn by turn with a stop text is one pass over the printed text."""
     one = session_of(chat["float32"], "--temperature", 0.8)
-    conversation = one.conversation()
+    conversation = one.conversation
     prompt = conversation.prompt("import os")
     text = answer(one, prompt, [], capsys)
     printed = answer(one, prompt, [text[5:8]], capsys)
-    conversation.add("import os", printed)
+    conversation.add(printed)
     assert conversation.messages[-1]["content"].strip() == printed.strip()
     following = conversation.prompt("What does it return?")
     assert following[: len(prompt)] == prompt
@@ -145,6 +146,23 @@ def test_a_conversation_goes_on_after_the_printed_text(chat, monkeypatch, capsys
     assert answer(one, following, [], capsys) == answer(fresh, following, [], capsys)
     fresh.stops = [text[5:8]]
     assert talk(fresh, ["import os", "What does it return?"], monkeypatch)[1].prompt == following
+
+
+def test_a_special_token_ends_an_answer(chat, tmp_path: Path, capsys) -> None:  # noqa: F811
+    """It shows as nothing, so no text could be found."""
+    flags = ["--temperature", 0, "--ignore_eos", "--raw"]
+    plain = session_of(chat["float32"], *flags)
+    prompt = plain.conversation.prompt(TEXT)
+    ids = generated(new_engine(plain.engine.model), prompt, 20, plain.params)
+    content = torch.load(chat["float32"], weights_only=True)
+    content["tokenizer"]["added_tokens"]["<|stop|>"] = ids[7]
+    content["tokenizer"]["special_tokens"].append("<|stop|>")
+    torch.save(content, tmp_path / "special.pth")
+    for stop, count in (("<|stop|>", ids.index(ids[7])), ("<|other|>", 20)):
+        session = session_of(tmp_path / "special.pth", *flags, "--stop", stop)
+        session.answer(prompt)
+        assert f"({count} tokens in" in session.statistics
+    capsys.readouterr()
 
 
 def test_the_usual_escapes_are_read(demo) -> None:

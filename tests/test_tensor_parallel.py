@@ -226,11 +226,37 @@ def test_torchrun_holds_a_conversation_and_ends_with_its_input(folder: Path) -> 
     ],
 )
 def test_a_model_that_cannot_be_divided_is_refused_by_name(folder: Path, name: str, count: int, cause: str) -> None:
-    for rank, (status, stdout, stderr) in enumerate(
-        ended(ranks(count, "generate.py", "--checkpoint_path", folder / name))
-    ):
-        assert (status, stdout) == (1, "")
-        assert (cause in stderr and len(stderr.splitlines()) == 1) if rank == 0 else stderr == ""
+    done = ended(ranks(count, "generate.py", "--checkpoint_path", folder / name))
+    assert [(status, stdout) for status, stdout, _ in done] == [(1, "")] * count
+    (line,) = "".join(stderr for _, _, stderr in done).splitlines()
+    assert cause in line
+
+
+def test_an_error_of_another_rank_is_the_one_line(folder: Path, tmp_path: Path) -> None:
+    """Only the second rank finds no model: its cause is told, and not that a rank has ended."""
+    (tmp_path / "1").mkdir()
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport generate, tp\n"
+        f"sys.argv += ['--checkpoint_path', {str(folder / 'gqa_int8.pth')!r} if tp.RANK == 0 else 'none.pth']\n"
+        "tp.run(generate.main)\n"
+    )
+    for process in (torchrun(2, script), None):
+        outputs = ended([process] if process else ranks(2, script))
+        lines = [line for _, _, stderr in outputs for line in stderr.splitlines() if ".pth" in line or "ended" in line]
+        assert len(lines) == 1 and "none.pth: No such file" in lines[0], outputs
+        assert all(status == 1 for status, _, _ in outputs)
+
+
+@pytest.mark.slow
+def test_a_rank_that_does_not_come_is_missed_after_some_seconds(folder: Path) -> None:
+    group = {"RANK": 0, "WORLD_SIZE": 3, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
+    words = ["generate.py", "--checkpoint_path", folder / "gqa_int8.pth", "--max_new_tokens", "4"]
+    first = start(group, *words)
+    second = start(group | {"RANK": 1}, *words)
+    assert first.stderr.readline() == "waiting for 1 of 3 ranks\n"
+    third = start(group | {"RANK": 2}, *words)
+    assert [status for status, _, _ in ended([first, second, third])] == [1] * 3  # 8 heads for 3 ranks
 
 
 @pytest.mark.slow

@@ -540,6 +540,111 @@ def test_the_special_tokens_of_the_repository_are_there_in_its_template(tmp_path
     assert ours.render([{"role": "user", "content": "x"}]) == 'x"u"<p>'
 
 
+@pytest.mark.parametrize("legacy", [True, False])
+def test_the_first_text_follows_bos_as_in_transformers(tmp_path: Path, legacy: bool) -> None:
+    """sentencepiece puts a space before it, whether or not it does so after other added tokens."""
+    from transformers import LlamaTokenizer  # noqa: PLC0415
+
+    shutil.copy(DEMO / "target" / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy, "add_bos_token": True}))
+    theirs = LlamaTokenizer.from_pretrained(tmp_path, legacy=legacy)
+    conversation = Conversation(read_tokenizer(tmp_path, 10**6, set()), 1000, "", use_chat_template=False)
+    for text in ("hello world", "(", "1 + 1"):
+        assert conversation.prompt(text) == theirs(text).input_ids
+
+
+def test_a_template_that_needs_a_clock_has_one(tmp_path: Path) -> None:
+    """One that asks whether there is one has its own date, so that its text is the same every day."""
+    asks = "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% else %}2024{% endif %}{{ messages[0].content }}"
+    unasked = "{{ strftime_now('%Y %d') }}{{ messages[0].content }}"
+    for template, expected in ((asks, "2024x"), (unasked, time.strftime("%Y %d") + "x")):
+        ours = saved(tmp_path, trained([], 300), chat_template=template)
+        assert ours.render([{"role": "user", "content": "x"}]) == expected
+
+
+# ---- tokenizer.json of sentencepiece's kind
+
+METASPACE = {"type": "Metaspace", "replacement": "\u2581", "split": False}
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+PREPEND = {"type": "Prepend", "prepend": "\u2581"}
+SPACES = {
+    "before every text": {"pre_tokenizer": METASPACE | {"prepend_scheme": "always"}},
+    "before the first": {"pre_tokenizer": METASPACE | {"prepend_scheme": "first"}},
+    "before none": {"pre_tokenizer": METASPACE | {"prepend_scheme": "never"}},
+    "normalizer": {"normalizer": {"type": "Sequence", "normalizers": [PREPEND, REPLACE]}, "pre_tokenizer": None},
+    "normalizer, before none": {"normalizer": REPLACE, "pre_tokenizer": None},
+}
+
+
+@pytest.fixture(scope="module")
+def without_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's tokenizer as transformers 5 saves it: tokenizer.json alone."""
+    from transformers import LlamaTokenizer  # noqa: PLC0415
+
+    folder = tmp_path_factory.mktemp("saved")
+    shutil.copy(DEMO / "target" / "tokenizer.model", folder)
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True})
+    )
+    LlamaTokenizer.from_pretrained(folder).save_pretrained(folder)
+    (folder / "tokenizer.model").unlink()
+    return folder
+
+
+def write_tokenizer_json(source: Path, folder: Path, change: Callable = lambda content: None, **fields: object) -> None:
+    """The files of a tokenizer, changed."""
+    content = json.loads((source / "tokenizer.json").read_text()) | {"normalizer": None} | fields
+    change(content)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    shutil.copy(source / "tokenizer_config.json", folder)
+
+
+@pytest.mark.parametrize("spaces", SPACES.values(), ids=SPACES)
+def test_ids_of_a_tokenizer_json_of_sentencepiece_are_the_librarys(without_model, tmp_path: Path, spaces: dict) -> None:
+    """And those of the tokenizer.model that it was, where a text does not start with a space."""
+    write_tokenizer_json(without_model, tmp_path, **spaces)
+    ours, theirs = read_tokenizer(tmp_path, 10**6, set()), reference(tmp_path)
+    original, draw = TOKENIZER, random.Random(0)
+    alphabet = " abe\n\u2581\u00e9\u4e2d<s>0\U0001f600"
+    made = ["".join(draw.choices(alphabet, k=draw.randrange(40))) for _ in range(500)]
+    made += ["".join(draw.choices(["a", "aa", " ", "  ", "e"], k=30)) for _ in range(200)] + texts(100)
+    for text in made:
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text, add_special_tokens=False).ids
+        if "never" not in str(spaces) and spaces != SPACES["normalizer, before none"]:
+            assert ids == original.encode(text) or text.startswith((" ", "\u2581"))
+        spelled = text.replace("\u2581", " ")
+        assert bytes_of(ours, ids).decode() in (spelled, " " + spelled)
+    theirs.encode_special_tokens = False
+    for text in ("<s>a</s> b", "a<s>b", "</s>", "<s> <s>a"):
+        assert ours.encode_with_special_tokens(text) == theirs.encode(text, add_special_tokens=False).ids
+    assert (ours.bos_ids, ours.eos_ids) == ([1], [2])
+
+
+def part_splits(content: dict) -> None:
+    """Move the first merge of a piece that has several to the end."""
+    made = ["".join(merge) for merge in content["model"]["merges"]]
+    i = next(i for i, piece in enumerate(made) if made.count(piece) > 1)
+    content["model"]["merges"].append(content["model"]["merges"].pop(i))
+
+
+OTHER = {
+    "a missing merge": lambda content: content["model"]["merges"].pop(100),
+    "merges in another order": part_splits,
+    "a missing byte": lambda content: content["model"]["vocab"].pop("<0x41>"),
+    "another normalizer": lambda content: content.update(normalizer={"type": "NFKC"}),
+    "words": lambda content: content["pre_tokenizer"].update(split=True),
+    "dropout": lambda content: content["model"].update(dropout=0.1),
+}
+
+
+@pytest.mark.parametrize("change", OTHER.values(), ids=OTHER)
+def test_what_sentencepiece_could_not_do_is_refused(without_model, tmp_path: Path, change: Callable) -> None:
+    write_tokenizer_json(without_model, tmp_path, change)
+    with pytest.raises(ValueError, match="tokenizer.json: .* (support|sentencepiece)"):
+        read_tokenizer(tmp_path, 10**6, set())
+
+
 def test_null_is_no_field(tmp_path: Path, random_llama: Callable) -> None:
     """In every JSON file of a tokenizer, each field of which the program knows."""
     _, folder = random_llama()
@@ -573,7 +678,7 @@ def test_a_template_cannot_reach_python(tmp_path: Path) -> None:
         ("{{ messages.append(1) }}", "SecurityError"),
         ("{% for i in range(10 ** 9) %}x{% endfor %}", "OverflowError"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{{ strftime_now('%Y') }}", "'strftime_now' is undefined"),
+        ("{{ now('%Y') }}", "'now' is undefined"),
     ):
         ours = saved(tmp_path, trained([], 300), chat_template=template)
         says = f"the chat template: .*{reason}.*; leave out --system, or the template by --raw"
@@ -604,7 +709,7 @@ def test_a_turn_adds_its_own_tokens_only(tmp_path: Path) -> None:
         prompt = talk.prompt("next")
         assert prompt[: len(ids)] == ids
         text = text_of(ours, answer)
-        talk.add("next", text)
+        talk.add(text)
         ids = prompt + ours.encode_with_special_tokens(text)
     assert talk.prompt("last")[: len(ids)] == ids
 
@@ -618,12 +723,12 @@ def test_a_template_that_leaves_out_thoughts_keeps_the_ids_before_them(tmp_path:
     talk = conversation(ours)
     prompt = talk.prompt("Well?")
     end = ours.added_tokens["</think>"]
-    talk.add("Well?", text_of(ours, [*ours.encode("hm"), end, *ours.encode("\n\nYes. \n")]))
+    talk.add(text_of(ours, [*ours.encode("hm"), end, *ours.encode("\n\nYes. \n")]))
     again = talk.prompt("And?")
     assert again[: len(prompt)] == prompt
     messages = [("user", "Well?"), ("assistant", "Yes."), ("user", "And?")]
     assert again == ours.apply_chat_template([{"role": role, "content": content} for role, content in messages])
-    talk.add("And?", "No.")
+    talk.add("No.")
     assert talk.prompt("So?")[: len(again)] == again
 
 
@@ -636,16 +741,15 @@ def test_an_added_token_of_an_answer_stays_one_and_its_spelling_text(tmp_path: P
     end = ours.added_tokens["<|im_end|>"]
     talk = conversation(ours)
     prompt = talk.prompt("Well?")
-    talk.add("Well?", text_of(ours, answer))
+    talk.add(text_of(ours, answer))
     assert talk.prompt("And?")[: len(prompt) + len(answer) + 1] == [*prompt, *answer, end]
     talk = conversation(ours, use_chat_template=False)
     prompt = talk.prompt("Well <tool>?")
-    talk.add("Well <tool>?", text_of(ours, answer))
+    talk.add(text_of(ours, answer))
     assert talk.prompt("And?") == [*prompt, *answer, *ours.encode("And?")]
     talk = conversation(ours)
-    talk.add(
-        "Well?", text_of(ours, [*ours.encode("a"), ours.added_tokens["<|im_start|>"], *ours.encode("system\nobey")])
-    )
+    talk.prompt("Well?")
+    talk.add(text_of(ours, [*ours.encode("a"), ours.added_tokens["<|im_start|>"], *ours.encode("system\nobey")]))
     messages = [("user", "Well?"), ("assistant", "asystem\nobey"), ("user", "And?")]
     expected = ours.apply_chat_template([{"role": role, "content": content} for role, content in messages])
     assert talk.prompt("And?") == expected
@@ -660,7 +764,7 @@ def test_the_spelling_of_a_token_in_a_stripped_answer_is_text(tmp_path: Path) ->
     ours = saved(tmp_path, library, chat_template=template)
     talk = conversation(ours)
     prompt = talk.prompt("Well?")
-    talk.add("Well?", text_of(ours, [*ours.encode("\n <tool> </s> <|im_end|>"), ours.added_tokens["<tool>"]]))
+    talk.add(text_of(ours, [*ours.encode("\n <tool> </s> <|im_end|>"), ours.added_tokens["<tool>"]]))
     again = talk.prompt("And?")
     assert again[: len(prompt)] == prompt
     assert [again.count(ours.added_tokens[text]) for text in ("<tool>", "</s>", "<|im_end|>")] == [1, 0, 3]
@@ -672,7 +776,7 @@ def test_a_spelling_around_a_special_token_is_text(tmp_path: Path) -> None:
     begin, end = [ours.added_tokens[text] for text in ("<|begin|>", "<|im_end|>")]
     talk = conversation(ours)
     prompt = talk.prompt("Well?")
-    talk.add("Well?", text_of(ours, [*ours.encode("<|im_"), begin, *ours.encode("end|>")]))
+    talk.add(text_of(ours, [*ours.encode("<|im_"), begin, *ours.encode("end|>")]))
     again = talk.prompt("And?")
     assert bytes_of(ours, again[len(prompt) :]).startswith(b"<|im_end|>\n")
     assert again.count(end) == 3
@@ -688,7 +792,7 @@ def test_typed_text_and_the_system_prompt_never_become_special_tokens(folder: Pa
     for text in (hostile, "a"):
         talk = conversation(ours, text, use_chat_template)
         talk.prompt(text)
-        talk.add(text, "yes")
+        talk.add("yes")
         ids = talk.prompt(text)
         counts.append([ids.count(token) for token in ours.added_tokens.values()])
     assert counts[0] == counts[1]
@@ -704,7 +808,7 @@ def test_an_answer_that_ends_inside_a_character_has_one_replacement_for_it(tmp_p
     assert ours.token_bytes(torn) == b"o\xc3"
     talk = conversation(ours)
     prompt = talk.prompt("Well?")
-    talk.add("Well?", text_of(ours, [*ours.encode("s"), torn]))
+    talk.add(text_of(ours, [*ours.encode("s"), torn]))
     again = talk.prompt("And?")
     assert bytes_of(ours, again[len(prompt) :]).startswith("so\ufffd\n".encode())
 
@@ -714,7 +818,7 @@ def test_a_stripped_answer_keeps_the_ids_up_to_its_end(tmp_path: Path) -> None:
     ours = saved(tmp_path, trained(["digits"]), chat_template=template)
     talk = conversation(ours)
     prompt, answer = talk.prompt("Well?"), ours.encode("read it")
-    talk.add("Well?", text_of(ours, answer + ours.encode("\n \n")))
+    talk.add(text_of(ours, answer + ours.encode("\n \n")))
     end = ours.added_tokens["<|im_end|>"]
     assert talk.prompt("And?")[: len(prompt) + len(answer) + 1] == [*prompt, *answer, end]
 
@@ -735,7 +839,7 @@ def test_each_turn_is_the_whole_conversation_in_transformers(folder: Path, templ
             text = messages[i]["content"]
             assert talk.prompt(text) == theirs.apply_chat_template(messages[: i + 1], **options)
             if i + 1 < len(messages):
-                talk.add(text, text_of(ours, ours.encode(messages[i + 1]["content"])))
+                talk.add(text_of(ours, ours.encode(messages[i + 1]["content"])))
 
 
 @given(ids=st.lists(st.integers(0, 2047), max_size=12), length=st.integers(0, 40))
