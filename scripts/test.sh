@@ -13,8 +13,9 @@ if [ "${1:-}" = --all ]; then
     selection=()
     shift
 fi
-# Each file's tests run in one of two processes, because its fixtures convert and quantize checkpoints.
-CUDA_VISIBLE_DEVICES="" python -m pytest -q -n 2 --dist loadfile "${selection[@]+"${selection[@]}"}" "$@"
+# Each file's tests run in one of two processes, because its fixtures convert and quantize checkpoints. Each process and
+# the programs that it starts have one thread, because threads that wait for each other are slow where others compute.
+OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES="" python -m pytest -q -n 2 --dist loadfile "${selection[@]+"${selection[@]}"}" "$@"
 if command -v nvidia-smi > /dev/null; then # the GPU, which the others do not see: there a CPU is the default
     python -m pytest -q tests/test_cuda.py "${selection[@]+"${selection[@]}"}"
 fi
