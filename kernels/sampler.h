@@ -43,7 +43,7 @@ struct Sampler : RowOp {
             heap.clear();
             sum = 0;
             for (long i = 0; i < in; i++)
-                if (scores[i] >= top - margin) {
+                if (!(scores[i] < top - margin)) {  // all of them, if both are infinite
                     heap.emplace_back(scores[i], -i);
                     if (count == in) sum += exponential(scores[i] - top);
                 }

@@ -138,10 +138,10 @@ def byte_level_bpe(tokenizer_json: dict) -> dict:
         raise ValueError(f"the pre-tokenizer {pre_tokenizer} is not supported: ByteLevel must be its end")
     if model.get("unk_token") and any(chr(code) not in model["vocab"] for code in BYTE_TO_CHAR.values()):
         raise ValueError("unk_token with a vocabulary that lacks some bytes is not supported")
-    merges = read_merges(model)
+    pieces = pieces_by_id(model)
     return {
-        "vocab": json.dumps(pieces_by_id(model)),
-        "merges": json.dumps([" ".join(merge) for merge in merges]),
+        "vocab": json.dumps(pieces),
+        "merges": json.dumps([" ".join(merge) for merge in read_merges(model)]),
         "pre_tokenizer_patterns": split_patterns(pre_tokenizer),
         "ignore_merges": model.get("ignore_merges", False),
     }

@@ -241,7 +241,7 @@ AGAIN = "its tensors are not those of its own config: convert or quantize it aga
 POSITIVE = "must be a positive number below 2**31"
 WHOLE = "give a directory in Hugging Face layout, downloaded whole"
 DOWNLOAD = "damaged or no file of weights: download it again"
-PIECES = "a tokenizer.model of sentencepiece is needed, or a tokenizer.json of byte-level BPE"
+PIECES = "a tokenizer.model of sentencepiece is needed, or a tokenizer.json of BPE"
 TOKENIZER_FILES = "the files of its tokenizer are damaged: download them again"
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 SHORTEN = "but a context of 64: shorten"
@@ -531,7 +531,7 @@ TOKENIZER = {  # the lines of the converter about the tokenizer's files
     ),
     "Unigram": ("tokenizer.json: type = 'Unigram' is not supported", byte_level(model={"type": "Unigram"})),
     "WordPiece": ("tokenizer.json: type = 'WordPiece' is not supported", byte_level(model={"type": "WordPiece"})),
-    "byte_fallback": ("byte_fallback = True is not supported", byte_level(model={"byte_fallback": True})),
+    "byte_fallback": ("byte_fallback with pieces or merges that are not", byte_level(model={"byte_fallback": True})),
     "dropout": ("dropout = 0.1 is not supported", byte_level(model={"dropout": 0.1})),
     "a normalizer": ("normalizer = {'type': 'NFC'} is not supported", byte_level(normalizer={"type": "NFC"})),
     "no pre-tokenizer": (f"tokenizer.json: KeyError: 'pre_tokenizer'; {PIECES}", byte_level(pre_tokenizer=None)),

@@ -225,7 +225,7 @@ def test_the_statistics_say_why_the_text_ended(demo, target) -> None:
     session.answer(PROMPT)
     assert "Stopped: limit of 30 tokens" in session.statistics
     ids = generated(new_engine(target), PROMPT, 30, make_params())
-    session.tokenizer.eos_ids = [ids[12]]
+    session.eos_ids = [ids[12]]
     session.answer(PROMPT)
     assert "Stopped: end of sequence" in session.statistics
     session.answer((PROMPT * 400)[:1020])

@@ -112,10 +112,10 @@ def test_growth_without_memory_is_one_line_and_the_conversation_goes_on(monkeypa
 
     monkeypatch.setattr(torch.Tensor, "new_empty", refuse)
     with pytest.raises(ValueError, match="no memory for a KV cache of .* positions: choose a smaller --context"):
-        answer_line(session, conversation, "def f(")
+        answer_line(session, "def f(")
     assert conversation.messages == []
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    answer_line(session, conversation, "def f(")
+    answer_line(session, "def f(")
     assert len(conversation.messages) == 2
 
 
@@ -159,11 +159,10 @@ def test_the_context_limits_prompt_and_answer(demo) -> None:
 
 def test_a_conversation_fills_the_context_and_says_so(demo, capsys) -> None:
     session = session_of(demo["target"], [], "--interactive", "--context", 40, "--ignore_eos")
-    conversation = session.conversation
-    answer_line(session, conversation, "def f(")
+    answer_line(session, "def f(")
     assert "the answer was cut at its limit of" in capsys.readouterr().err
     with pytest.raises(ValueError, match="but a context of 40"):
-        answer_line(session, conversation, "def g(")
+        answer_line(session, "def g(")
 
 
 def test_context_and_draft_on_the_command_line(demo) -> None:
