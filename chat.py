@@ -8,6 +8,8 @@ import utils
 import tp
 from tokenizer import Tokenizer
 
+HELP = "/clear starts anew, /stats shows the last answer's figures, /exit or Ctrl-D leaves"
+
 
 class Conversation:
     """Messages, and the prompt that they make. Without a chat template they are one text that goes on."""
@@ -73,13 +75,13 @@ def chat(session) -> None:
     if sys.stdin.isatty():
         with suppress(ImportError):  # gives input() line editing and a history
             import readline  # noqa: F401, PLC0415
-        print("/clear starts anew, /stats shows the last answer's figures, /exit or Ctrl-D leaves", file=sys.stderr)
+        print(HELP, file=sys.stderr)
     while (line := tp.from_rank(read_line)) not in (None, "/exit", "/quit", "/bye"):
         try:
             if line == "/clear":
                 session.conversation.clear()
-            elif line == "/stats":
-                print(session.statistics, file=sys.stderr)
+            elif line in ("/stats", "/help"):
+                print(HELP if line == "/help" else session.statistics, file=sys.stderr)
             elif line:
                 answer_line(session, line)
         except ValueError as error:

@@ -54,7 +54,6 @@ class MovingAverage:
     """An exponential moving average over passes: a value weighs DECAY less for each pass since it was added."""
 
     DECAY = 0.98
-    MAX_DECAY_PASSES = 8  # so that a source that is rarely used does not forget all but its last value
 
     def __init__(self) -> None:
         self.count = 0
@@ -64,7 +63,7 @@ class MovingAverage:
 
     def add(self, value: float, now: int) -> None:
         """Add the value of pass `now`."""
-        decay = self.DECAY ** min(now - self.last_pass, self.MAX_DECAY_PASSES)
+        decay = self.DECAY ** (now - self.last_pass)
         self.count += 1
         self.last_pass = now
         self.weight = decay * self.weight + 1

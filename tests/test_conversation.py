@@ -549,6 +549,8 @@ def test_the_keyboard(chat: dict[str, Path], terminal: Callable) -> None:
     screen.wait_for_anything()
     screen.press("\x03")
     screen.wait_for("\n> ")
+    screen.press("/help\r")
+    assert "/clear" in screen.wait_for("\n> ")
     screen.press("/stats\r")
     assert "Stopped: interrupted" in screen.wait_for("\n> ")
     screen.press("\x1b[A\x1b[A")  # up, up

@@ -497,7 +497,10 @@ def test_nothing_is_read_or_written_out_of_bounds(tmp_path: Path, portable: list
     assert done.stdout.endswith("clean\n"), done.stderr[:2000]
 
 
+EMULATED = [*(f"-D__AVX512{name}__" for name in ("BF16", "BW", "VL")), f"-I{ROOT / 'tests' / 'emulated'}"]
 OTHER_COMPILERS = {  # a command line, and the emulator that runs its program
+    "GCC 11": (["g++-11", "-march=native"], []),
+    "AVX512_BF16": (["g++", "-march=x86-64", *EMULATED], []),
     "Clang": (["clang++", "-march=native"], []),
     "Arm": (["aarch64-linux-gnu-g++", "-static"], ["qemu-aarch64"]),
     "AVX2": (["g++", "-march=haswell"], []),
