@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import all_gather_tensor
-from torch.distributed.rendezvous import rendezvous
 
 from checkpoint import Checkpoint, bits_and_groupsize, load_model
 from model import Linear, ModelArgs, Transformer
@@ -40,7 +39,8 @@ def init(device: str) -> None:
         if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count():
             raise ValueError(f"--nproc_per_node: this host has {torch.cuda.device_count()} GPUs: start no more ranks")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    store, *_ = next(rendezvous("env://"))
+    is_server = RANK == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # otherwise torchrun has it
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, is_server)
     if store.add("joined", 1) == WORLD_SIZE:
         store.set("complete", "")
     try:
