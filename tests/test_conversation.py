@@ -553,7 +553,7 @@ def test_the_keyboard(chat: dict[str, Path], terminal: Callable) -> None:
     assert "/clear" in screen.wait_for("\n> ")
     screen.press("/stats\r")
     assert "Stopped: interrupted" in screen.wait_for("\n> ")
-    screen.press("\x1b[A\x1b[A")  # up, up
+    screen.press("\x1b[A\x1b[A\x1b[A")  # up, up, up
     screen.wait_for("def read(")
     screen.press("\r")
     screen.wait_for("\r\n")
