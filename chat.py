@@ -23,20 +23,23 @@ class Conversation:
 
     def clear(self) -> None:
         """Start anew."""
-        system = {"role": "system", "content": self.tokenizer.escape(self.system)}
-        self.messages = [system] if self.system else []
+        self.messages = [self.message("system", self.system)] if self.system else []
+
+    def message(self, role: str, text: str) -> dict:
+        """A message of text that somebody wrote, in which nothing is a special token."""
+        return {"role": role, "content": self.tokenizer.escape(text)}
 
     def prompt(self, text: str, special_tokens: bool = False) -> list[int]:
         """Token ids of the messages so far and of `text`, which the user says next. ValueError if they do not fit.
 
         With `special_tokens` the spelling of an added token in `text` is that token.
         """
-        text = text if special_tokens else self.tokenizer.escape(text)
-        self.asked = [*self.messages, {"role": "user", "content": text}]
+        question = {"role": "user", "content": text} if special_tokens else self.message("user", text)
+        messages = [*self.messages, question]
         if self.use_chat_template:
-            ids = self.tokenizer.apply_chat_template(self.asked)
+            ids = self.tokenizer.apply_chat_template(messages)
         else:
-            parts = [message["content"] for message in self.asked]
+            parts = [message["content"] for message in messages]
             if self.system:
                 parts[:2] = ["\n".join(parts[:2])]
             ids = []
@@ -50,11 +53,11 @@ class Conversation:
             raise ValueError(f"{problem}: shorten them or --system, or /clear")
         return ids
 
-    def add(self, answer: str) -> None:
-        """Append the text of the last prompt, and the `answer` to it as Tokenizer.decode returns it."""
+    def add(self, text: str, answer: str) -> None:
+        """Append what the user said, and the `answer` as Tokenizer.decode returns it."""
         if self.use_chat_template and self.tokenizer.is_sentencepiece:
             answer = answer.removeprefix(" ")  # the space that sentencepiece puts before a text
-        self.messages = [*self.asked, {"role": "assistant", "content": answer}]
+        self.messages += [self.message("user", text), {"role": "assistant", "content": answer}]
 
 
 def read_line() -> str | None:
@@ -94,6 +97,6 @@ def answer_line(session, line: str) -> None:
         text = utils.decode_text(line.encode("utf-8", "surrogateescape"))
     answer = session.answer(session.conversation.prompt(text))
     if answer:
-        session.conversation.add(answer)
+        session.conversation.add(text, answer)
     if session.finish_reason.startswith("limit"):  # of --max_new_tokens, or of the context
         print(f"the answer was cut at its {session.finish_reason}: /clear starts anew", file=sys.stderr)

@@ -179,10 +179,10 @@ class Engine:
         if decode:
             is_captured = HAS_KERNELS and self.device.type == "cuda"
             self.decode_step = CapturedStep(compiled_step) if is_captured else compiled_step
+            self.start_pass(torch.zeros(2, 1, dtype=torch.int64), params)
         if prefill:
             self.prefill_step = compiled_step
-        for rows in (1, MAX_DECODE_ROWS + 1):  # the first pass of each step compiles it
-            self.start_pass(torch.zeros(2, rows, dtype=torch.int64), params)
+            self.start_pass(torch.zeros(2, MAX_DECODE_ROWS + 1, dtype=torch.int64), params)
 
 
 def generate(engine: Engine, prompt: list[int], max_new_tokens: int, eos_ids, params: SamplingParams, speculation=None):

@@ -71,7 +71,7 @@ class PrefixCache:
                         break
                     self.load_block(path, parts)
                     engine.cached_ids[start:] = ids[start : start + BLOCK_SIZE]
-        # The blocks that all ranks have found.
+        # Ranks use only the blocks that all of them have found.
         engine.truncate(min(tp.from_rank(lambda: len(engine.cached_ids), rank) for rank in range(tp.WORLD_SIZE)))
 
     def load_block(self, path: Path, parts: list[Tensor]) -> None:

@@ -76,10 +76,8 @@ def dequantize(weight: Tensor, scale: Tensor | None, minimum: Tensor | None, dty
         return weight.to(dtype)
     if minimum is None:
         return (weight * scale[:, None]).to(dtype)
-    pairs = torch.stack([weight & 15, weight >> 4], dim=-1)
-    levels = pairs.view(*scale.shape, -1)  # [out, groups, groupsize]
-    values = torch.addcmul(minimum.float()[..., None], levels, scale.float()[..., None])
-    return values.flatten(1).to(dtype)
+    levels = torch.stack([weight & 15, weight >> 4], dim=-1).view(*scale.shape, -1)  # [out, groups, groupsize]
+    return torch.addcmul(minimum.float()[..., None], levels, scale.float()[..., None]).flatten(1).to(dtype)
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None, minimum: Tensor | None, residual=None) -> Tensor:

@@ -14,7 +14,7 @@ import tp
 from sampling import SamplingParams
 
 NGRAM_LENGTHS = range(5, 1, -1)
-NUMBERS = (1, 2, 3, 4, 7, 11, 15)  # of guesses that are tried: a pass of 4, 8, 12 or 16 tokens fills a block of rows
+GUESS_COUNTS = (1, 2, 3, 4, 7, 11, 15)  # that are tried: passes of 4, 8, 12 and 16 tokens fill blocks of rows
 EXPLORE_EVERY = 40  # passes until something other than the fastest is tried
 MIN_TRIALS = 3  # passes of a source before it can lose, because one may have been unlucky
 
@@ -85,7 +85,7 @@ class Speculation:
     def __init__(self, draft, speculate_k: int, lookup: PromptLookup | None = None) -> None:
         self.draft = draft  # a generate.Engine, or None
         self.lookup = lookup
-        self.numbers = [k for k in NUMBERS if k < speculate_k] + [speculate_k]  # guesses in a pass
+        self.guess_counts = [k for k in GUESS_COUNTS if k < speculate_k] + [speculate_k]
         # By source: the probability that a guess is accepted, if the guesses before it were.
         self.acceptance = defaultdict(MovingAverage)
         self.pass_seconds = [MovingAverage() for _ in range(speculate_k + 1)]  # index: number of guesses
@@ -98,7 +98,7 @@ class Speculation:
         """Start the counts of a new answer."""
         self.num_passes = self.num_drafted = self.num_accepted = 0
 
-    def expected_rates(self, source: str, max_k: int) -> Iterator[tuple[float, str, int]]:
+    def expected_rates(self, source: str, counts: list[int]) -> Iterator[tuple[float, str, int]]:
         """Expected tokens per second with guesses of `source`: (rate, source, number of guesses).
 
         If guesses are accepted with probability a, a pass with k of them gives 1 + a + ... + a^k tokens,
@@ -108,7 +108,7 @@ class Speculation:
         acceptance = self.acceptance[source].value
         guess_seconds = self.draft_seconds.value if source == "draft" else 0.0
         seconds = self.pass_seconds[0].value
-        for k in (k for k in self.numbers if k <= max_k):
+        for k in counts:
             is_measured = self.pass_seconds[k].count > 1  # not by the first pass, in which the step was captured
             seconds = self.pass_seconds[k].value if is_measured else seconds
             tokens = sum(acceptance**i for i in range(k + 1))
@@ -123,21 +123,22 @@ class Speculation:
         numbers beside the best one, what was not used for the longest time.
         """
         plain = self.pass_seconds[0]
-        if plain.count < 2 or max_k < 1:
+        counts = [k for k in self.guess_counts if k <= max_k]
+        if plain.count < 2 or not counts or not sources:
             return "none", 0
         rates = []
         for source in sources:
             if self.acceptance[source].count < MIN_TRIALS:
                 return source, 1
-            rates += self.expected_rates(source, max_k)
-        best = max([(1 / plain.value, "none", 0), *rates])[1:]
-        if self.passes % EXPLORE_EVERY > 0 or not rates:
+            rates += self.expected_rates(source, counts)
+        rate, source, k = max(rates)
+        best = (source, k) if rate > 1 / plain.value else ("none", 0)
+        if self.passes % EXPLORE_EVERY > 0:
             return best
-        _, source, k = max(rates)
-        i = self.numbers.index(k)
-        beside = [(source, k) for k in self.numbers[max(i - 1, 0) : i + 2] if k <= max_k]
-        options = [("none", 0), *((each, 1) for each in sources if each != source), *beside]
-        return min((option for option in options if option != best), key=self.last_used.__getitem__)
+        i = counts.index(k)
+        others = [("none", 0), *((each, 1) for each in sources if each != source)]
+        neighbors = [(source, n) for n in counts[max(i - 1, 0) : i + 2]]
+        return min(others + neighbors, key=self.last_used.__getitem__)
 
     def update(self, source: str, k: int, accepted: int, pass_seconds: float) -> None:
         """Add a pass with `k` guesses to the averages."""
@@ -154,7 +155,7 @@ class Speculation:
         """Up to `k` guesses of the draft. After an error it is not asked again."""
         try:
             self.draft.match_prefix(ids)
-            if len(ids) - len(self.draft.cached_ids) > self.numbers[-1] + 1:
+            if len(ids) - len(self.draft.cached_ids) > self.guess_counts[-1] + 1:
                 self.draft.prefill(ids, params)  # the draft catches up before the clock starts
             start = time.perf_counter()
             guesses = self.draft.draft(ids, k, params)

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import all_gather_tensor
+from torch.distributed.rendezvous import rendezvous
 
 from checkpoint import Checkpoint, bits_and_groupsize, load_model
 from model import Linear, ModelArgs, Transformer
@@ -39,15 +40,14 @@ def init(device: str) -> None:
         if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count():
             raise ValueError(f"--nproc_per_node: this host has {torch.cuda.device_count()} GPUs: start no more ranks")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    is_server = RANK == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # otherwise torchrun has it
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None, is_server)
+    store, *_ = next(rendezvous("env://?world_size=-1"))  # with a size it would wait for all ranks, without a word
     if store.add("joined", 1) == WORLD_SIZE:
         store.set("complete", "")
     try:
         store.wait(["complete"], timedelta(seconds=10))
     except RuntimeError:
         print(f"waiting for {WORLD_SIZE - store.add('joined', 0)} of {WORLD_SIZE} ranks", file=sys.stderr)
-        store.wait(["complete"])  # half an hour
+        store.wait(["complete"])  # at most half an hour, torch's default
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
     # This timeout is long, because a conversation may rest for days; a rank that ends is noticed at once.
     dist.init_process_group(backend, None, timedelta(weeks=52), WORLD_SIZE, RANK, store)

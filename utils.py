@@ -17,17 +17,17 @@ from pathlib import Path
 from tqdm import tqdm
 
 warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch warns when it is imported; we do not use NumPy
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a rank that has ended is no stack of C++ frames
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise torch prints a C++ stack when another rank ends
 progress = partial(tqdm, leave=False, disable=None)  # a bar on stderr if that is a terminal
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup ignores it
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `run`: an interrupted import of torch is a long traceback
 
 
-def exit_status(main: Callable[[], None], report: Callable[[str], None] | None = None, cause: str = "") -> int:
+def exit_status(main: Callable[[], None], report: Callable[[str], None], cause: str = "") -> int:
     """Call `main` and return the exit status.
 
-    An error that a user can cause is one line on stderr, or for `report`, with status 1; 130 after Ctrl-C. A
-    RuntimeError is a fault of ours and keeps its traceback, unless memory ran out or `cause` explains it.
+    An error that a user can cause is one line, which `report` prints, with status 1; 130 after Ctrl-C. A RuntimeError
+    is a fault of ours and keeps its traceback, unless memory ran out or `cause` explains it.
     """
     warnings.simplefilter("ignore")
     for name in ("stdin", "stdout", "stderr"):
@@ -48,7 +48,7 @@ def exit_status(main: Callable[[], None], report: Callable[[str], None] | None =
                 raise
             message = f"{cause or 'the GPU or its driver failed, or is busy'}: {message[:300]}"
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise the interpreter complains about stdout at its end
-        report(message) if report else print(message, file=sys.stderr)
+        report(message)
         return 1
 
 
@@ -62,7 +62,7 @@ def run(main: Callable[[], None]) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # a signal that nohup ignores stays ignored
             signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    sys.exit(exit_status(main))
+    sys.exit(exit_status(main, lambda message: print(message, file=sys.stderr)))
 
 
 def number_between(low: float, high: float = math.inf, kind: type = int) -> Callable[[str], float]:

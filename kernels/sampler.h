@@ -36,22 +36,29 @@ struct Sampler : RowOp {
     void filter(std::vector<float> &scores, long count, double probability) const {
         static thread_local std::vector<std::pair<float, long>> heap;  // of equal scores, the larger -i comes first
         const float top = *std::max_element(scores.begin(), scores.end());
-        const double needed = std::isinf(probability) ? INFINITY : probability * sum_of_exponentials(scores, top);
+        const bool by_probability = std::isfinite(probability);
+        const double needed = by_probability ? probability * sum_of_exponentials(scores, top) : INFINITY;
         float margin = 1;
         double sum = 0;
-        for (heap.clear(); long(heap.size()) < std::min(count, in) && sum < needed; margin = margin < 64 ? 2 * margin : INFINITY) {
+        heap.clear();
+        while (long(heap.size()) < std::min(count, in) && sum < needed) {
             heap.clear();
             sum = 0;
-            for (long i = 0; i < in; i++)
-                if (!(scores[i] < top - margin)) {  // all of them, if both are infinite
-                    heap.emplace_back(scores[i], -i);
-                    if (count == in) sum += exponential(scores[i] - top);
-                }
+            for (long i = 0; i < in; i++) {
+                if (scores[i] < top - margin) continue;  // never, if both are infinite
+                heap.emplace_back(scores[i], -i);
+                if (by_probability) sum += exponential(scores[i] - top);
+            }
+            margin = margin < 64 ? 2 * margin : INFINITY;
         }
         std::make_heap(heap.begin(), heap.end());
         auto rest = heap.end();
-        for (sum = 0; rest > heap.begin() && heap.end() - rest < count && sum < needed; sum += exponential(rest->first - top))
-            std::pop_heap(heap.begin(), rest--);
+        sum = 0;
+        while (rest > heap.begin() && heap.end() - rest < count && sum < needed) {
+            std::pop_heap(heap.begin(), rest);
+            rest--;
+            sum += exponential(rest->first - top);
+        }
         scores.assign(in, -INFINITY);
         for (; rest < heap.end(); rest++) scores[-rest->second] = rest->first;
     }

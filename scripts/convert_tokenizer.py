@@ -173,33 +173,43 @@ def protobuf(number: int, value: float | bytes) -> bytes:
     return varint(8 * number) + varint(value)
 
 
+def merge_scores(model: dict, pieces: set[str]) -> dict[str, float]:
+    """Scores with which sentencepiece merges `pieces` as the merges of a tokenizer.json do.
+
+    sentencepiece merges two parts if they make a piece; the piece with the highest score comes first. ValueError if the
+    merges are others than that, or in an order that no scores give.
+    """
+    merges = [merge for merge in read_merges(model) if pieces >= {*merge, "".join(merge)}]
+    merged = [piece for piece, _ in groupby("".join(merge) for merge in merges)]
+    splits = [(piece[:i], piece[i:]) for piece in pieces for i in range(1, len(piece))]
+    possible = {split for split in splits if pieces >= {*split}}
+    if {*merges} != possible or len(merged) != len({*merged}):
+        raise ValueError("byte_fallback with merges that are not those of a sentencepiece model")
+    return {piece: -float(rank) for rank, piece in enumerate(merged)}
+
+
 def sentencepiece_bpe(tokenizer_json: dict) -> dict:
     """The arguments of tokenizer.SentencePiece: a tokenizer.model with the pieces of a tokenizer.json.
 
-    sentencepiece merges two parts if they make a piece, the one with the highest score first. ValueError if
-    tokenizer.json has other merges than these, in the order of some scores.
+    ValueError if tokenizer.json describes something else.
     """
     model = tokenizer_json["model"]
     require(model, MODEL)
     byte_pieces = [f"<0x{byte:02X}>" for byte in range(256)]
     added = [entry["content"] for entry in tokenizer_json["added_tokens"] if entry["content"] in model["vocab"]]
-    normal = model["vocab"].keys() - {*byte_pieces, *added}
-    merges = [merge for merge in read_merges(model) if normal >= {*merge, "".join(merge)}]
-    merged = [piece for piece, _ in groupby("".join(merge) for merge in merges)]
-    splits = [(piece[:i], piece[i:]) for piece in normal for i in range(1, len(piece))]
-    are_merges_implied = {*merges} == {split for split in splits if normal >= {*split}}
-    if not (added and are_merges_implied and len(merged) == len({*merged}) and model["vocab"].keys() >= {*byte_pieces}):
-        raise ValueError("byte_fallback with pieces or merges that are not those of a sentencepiece model")
-    scores = {piece: -float(rank) for rank, piece in enumerate(merged)}
+    if not added or not model["vocab"].keys() >= {*byte_pieces}:
+        raise ValueError("byte_fallback with pieces that are not those of a sentencepiece model")
+    scores = merge_scores(model, model["vocab"].keys() - {*byte_pieces, *added})
     types = dict.fromkeys(byte_pieces, BYTE) | dict.fromkeys(added, CONTROL)
     types[model.get("unk_token") or added[0]] = UNKNOWN
-    proto = protobuf(2, protobuf(3, 2) + protobuf(35, 1))  # trainer_spec: model_type is BPE, byte_fallback
-    proto += protobuf(3, protobuf(4, 0))  # normalizer_spec: remove_extra_whitespaces
+    proto = [protobuf(2, protobuf(3, 2) + protobuf(35, 1))]  # trainer_spec: model_type is BPE, byte_fallback
+    proto.append(protobuf(3, protobuf(4, 0)))  # normalizer_spec: remove_extra_whitespaces
     for piece in pieces_by_id(model):
-        fields = [piece.encode(), scores.get(piece, -1e9), types.get(piece, NORMAL)]
-        proto += protobuf(1, b"".join(protobuf(number, value) for number, value in enumerate(fields, start=1)))
-    proto += NO_DUMMY_PREFIX if prefix_space(tokenizer_json) == "never" else b""
-    return {"model_proto": proto, "is_metaspace": tokenizer_json.get("pre_tokenizer") is not None}
+        text, score = protobuf(1, piece.encode()), protobuf(2, scores.get(piece, -1e9))
+        proto.append(protobuf(1, text + score + protobuf(3, types.get(piece, NORMAL))))
+    if prefix_space(tokenizer_json) == "never":
+        proto.append(NO_DUMMY_PREFIX)
+    return {"model_proto": b"".join(proto), "is_metaspace": tokenizer_json.get("pre_tokenizer") is not None}
 
 
 def bos_of_post_processor(tokenizer_json: dict) -> str:

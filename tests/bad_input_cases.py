@@ -531,7 +531,7 @@ TOKENIZER = {  # the lines of the converter about the tokenizer's files
     ),
     "Unigram": ("tokenizer.json: type = 'Unigram' is not supported", byte_level(model={"type": "Unigram"})),
     "WordPiece": ("tokenizer.json: type = 'WordPiece' is not supported", byte_level(model={"type": "WordPiece"})),
-    "byte_fallback": ("byte_fallback with pieces or merges that are not", byte_level(model={"byte_fallback": True})),
+    "byte_fallback": ("byte_fallback with pieces that are not", byte_level(model={"byte_fallback": True})),
     "dropout": ("dropout = 0.1 is not supported", byte_level(model={"dropout": 0.1})),
     "a normalizer": ("normalizer = {'type': 'NFC'} is not supported", byte_level(normalizer={"type": "NFC"})),
     "no pre-tokenizer": (f"tokenizer.json: KeyError: 'pre_tokenizer'; {PIECES}", byte_level(pre_tokenizer=None)),

@@ -308,7 +308,7 @@ def test_a_space_that_ends_an_answer_is_the_templates(chat: dict[str, Path]) -> 
     for answer in (TOKENIZER.encode("yes"), TOKENIZER.encode("yes") + END[:1]):
         conversation = session_of(chat["float32"]).conversation
         prompt = conversation.prompt("Well?")
-        conversation.add(TOKENIZER.decode(answer, 100))
+        conversation.add("Well?", TOKENIZER.decode(answer, 100))
         expected = [*prompt, *TOKENIZER.encode("yes"), *END, BOS]
         assert conversation.prompt("Well?")[: len(expected)] == expected
 
@@ -398,7 +398,7 @@ def test_the_ids_equal_the_ids_of_the_chat_template_in_transformers(
     for user, assistant in turns:
         messages.append({"role": "user", "content": user})
         assert conversation.prompt(user) == llama_template(messages)
-        conversation.add(TOKENIZER.decode(TOKENIZER.encode(assistant), 10**6))
+        conversation.add(user, TOKENIZER.decode(TOKENIZER.encode(assistant), 10**6))
         messages.append({"role": "assistant", "content": assistant})
 
 
@@ -410,7 +410,7 @@ def test_typed_text_and_the_system_prompt_never_become_special_tokens(chat: dict
         ids = conversation.prompt(hostile)
         assert (ids.count(BOS), ids.count(EOS)) == (1, 0)
         assert TOKENIZER.bpe.processor.decode(ids).count("</s><s>") == 2
-        conversation.add("yes")
+        conversation.add(hostile, "yes")
         ids = conversation.prompt(hostile)
         assert (ids.count(BOS), ids.count(EOS)) == ((1, 0) if flags else (2, 1))
 
@@ -422,7 +422,7 @@ def test_without_a_template_the_text_goes_on(demo: dict[str, Path], chat: dict[s
         prompt = conversation.prompt("import os")
         assert prompt == [BOS, *TOKENIZER.encode("import os")]
         answer = TOKENIZER.encode("and sys")
-        conversation.add(TOKENIZER.decode(answer, 100))
+        conversation.add("import os", TOKENIZER.decode(answer, 100))
         assert conversation.prompt("\ndef f():") == [*prompt, *answer, *TOKENIZER.bpe.encode("\ndef f():", False)]
     conversation = session_of(demo["target"], "--system", "x = 1").conversation
     assert conversation.prompt("y") == [BOS, *TOKENIZER.encode("x = 1\ny")]

@@ -511,7 +511,7 @@ def test_an_error_of_cuda_is_one_line(message: str, capsys) -> None:
     def main() -> None:
         raise RuntimeError(message)
 
-    assert utils.exit_status(main) == 1
+    assert utils.exit_status(main, lambda message: print(message, file=sys.stderr)) == 1
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1 and printed.startswith("the GPU or its driver failed, or is busy: ")
 

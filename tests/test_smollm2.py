@@ -110,7 +110,7 @@ def test_a_dialogue_is_transformers(checkpoint: Checkpoint, model: Transformer, 
         assert generated(engine, prompt, COUNT, make_params(), checkpoint.tokenizer.eos_ids) == answer
         assert engine.num_cached >= known  # at most the last answer runs again
         known = len(prompt) - 1
-        talk.add(checkpoint.tokenizer.decode(answer, sys.maxsize))
+        talk.add(question, checkpoint.tokenizer.decode(answer, sys.maxsize))
         assert talk.messages[-1]["content"] == text
         messages.append({"role": "assistant", "content": text})
 

@@ -415,7 +415,7 @@ def test_catching_up_is_not_the_cost_of_a_guess(target: Transformer, monkeypatch
     monkeypatch.setattr("speculation.time.perf_counter", lambda: seconds)
     speculation = Speculation(Draft(target, 1024), 1)
     generated(Target(target, 1024), PROMPT, 40, make_params(), speculation=speculation)
-    ((rate, _, _),) = speculation.expected_rates("draft", 1)
+    ((rate, _, _),) = speculation.expected_rates("draft", [1])
     assert rate > 1.5  # two tokens a second, and not two in six
 
 

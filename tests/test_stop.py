@@ -138,7 +138,7 @@ def test_a_conversation_goes_on_after_the_printed_text(chat, monkeypatch, capsys
     prompt = conversation.prompt("import os")
     text = answer(one, prompt, [], capsys)
     printed = answer(one, prompt, [text[5:8]], capsys)
-    conversation.add(printed)
+    conversation.add("import os", printed)
     assert conversation.messages[-1]["content"].strip() == printed.strip()
     following = conversation.prompt("What does it return?")
     assert following[: len(prompt)] == prompt
