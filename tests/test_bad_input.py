@@ -152,8 +152,13 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         signal.signal(number, handler)
 
 
+def marks(case: Case) -> tuple:
+    """Those of a case; one that needs a shell, and so starts a process, is slow."""
+    return case.marks if CALLED.fullmatch(case.command) else (*case.marks, pytest.mark.slow)
+
+
 @pytest.mark.filterwarnings("ignore:'torch.load' received a zip file")  # utils.py ignores all in a whole process
-@pytest.mark.parametrize("name", [pytest.param(name, id=name, marks=case.marks) for name, case in CASES.items()])
+@pytest.mark.parametrize("name", [pytest.param(name, id=name, marks=marks(case)) for name, case in CASES.items()])
 def test_bad_input(
     name: str, base: Path, started: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: None
 ) -> None:

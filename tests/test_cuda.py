@@ -106,7 +106,9 @@ def check_product(n_out: int, n_in: int, scheme: str, sizes: list[int]) -> None:
             assert torch.equal(cuda.linear(part, *weight), found[:, start : start + rows]), (rows, start)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    "scheme", [*SCHEMES[:3], *(pytest.param(name, marks=pytest.mark.slow) for name in SCHEMES[3:])]
+)
 def test_products_are_exact_and_their_rows_independent(scheme: str) -> None:
     """An odd number of output channels, and groups that no whole number of tiles holds."""
     check_product(33, 768, scheme, [1, 6, 9])
@@ -259,6 +261,7 @@ def test_attention_at_every_border(heads: tuple) -> None:
     check_attention(*heads, 200, [0, 48, 63, 184, 199])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not INTERPRETED, reason="a constant of the compiled kernels")
 def test_attention_of_more_blocks_than_splits(monkeypatch) -> None:
     """Each split then has several blocks, SPLITS blocks apart."""
@@ -363,7 +366,8 @@ def bfloat16_model(spread: float = 0.3) -> Transformer:
     return random_model(ARGS, spread).bfloat16()
 
 
-@pytest.mark.parametrize("temperature", [0.0, pytest.param(0.8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_a_captured_step_equals_an_eager_one(like_cuda, temperature: float) -> None:
     """Token by token, and with right and wrong guesses; nothing in the step makes the host wait."""
     model, params = bfloat16_model(), make_params(3, temperature)
@@ -614,6 +618,7 @@ def check_machine_code(found: dict[str, dict]) -> None:
 
 
 @of_36
+@pytest.mark.slow
 def test_machine_code_of_the_kernels() -> None:
     """For an H100: no spills, registers and shared memory for several blocks a processor, weights read by 16 bytes."""
     check_machine_code(machine_code(90, [("bf16", 6), ("int8", 6), ("g32", 1), ("g32", 6)], [(32, 32, 128)]))

@@ -420,6 +420,7 @@ def child(folder: Path, kind: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", CHILD, folder, kind], cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_after_a_kill_while_saving_the_next_run_is_right(tmp_path: Path) -> None:
     assert child(tmp_path, "killed").returncode == -9
     ids, _, cached = answer(cached_engine(tmp_path), A)
@@ -449,6 +450,7 @@ def test_a_file_that_another_process_deletes_does_not_end_eviction(tmp_path, mon
     assert len(paths(tmp_path)) == 2
 
 
+@pytest.mark.slow
 def test_ten_processes_share_a_folder(tmp_path: Path) -> None:
     """Every text is right; the limit of 20 files is exceeded by the files that each process is writing at most."""
     done = child(tmp_path, "ten")

@@ -39,6 +39,7 @@ def assert_same_text(grown: Transformer, small: Transformer) -> None:
         assert generated(new_engine(grown), PROMPT, 30, params) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALLER)
 def test_the_grown_target_keeps_its_text(name: str, demo: dict[str, Path], target: Transformer, tmp_path: Path) -> None:
     grow(read_checkpoint(demo["target"]), SMALLER[name], tmp_path / "grown.pth", torch.float32)
@@ -53,6 +54,7 @@ def test_the_grown_draft_keeps_its_text(demo: dict[str, Path], tmp_path: Path) -
     assert_same_text(load(tmp_path / "grown.pth"), load(demo["draft"]))
 
 
+@pytest.mark.slow
 def test_the_command_line_makes_the_folder_and_writes_bfloat16(demo: dict[str, Path], tmp_path: Path) -> None:
     """Weights are rounded once more, so logits are only near."""
     path = tmp_path / "new" / "grown.pth"

@@ -33,7 +33,7 @@ if platform.machine() == "x86_64":
     BUILDS |= {"AVX2": ["-march=haswell"], "SSE2": ["-march=x86-64"]}
 
 
-@pytest.fixture(params=BUILDS)
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow if name != "fast" else ()) for name in BUILDS])
 def library(request, monkeypatch, tmp_path_factory) -> ctypes.CDLL:
     """The kernels for this CPU, and the loops for any CPU, with vectors of 16 and 8 lanes."""
     load_library.cache_clear()

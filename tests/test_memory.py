@@ -165,6 +165,7 @@ def test_a_conversation_fills_the_context_and_says_so(demo, capsys) -> None:
         answer_line(session, "def g(")
 
 
+@pytest.mark.slow
 def test_context_and_draft_on_the_command_line(demo) -> None:
     """The draft has the same limit, and both say their memory."""
     flags = ["--checkpoint_path", demo["target"], "--draft_checkpoint_path", demo["draft"], "--context", 30]
@@ -192,6 +193,7 @@ def demo_of(positions: int, folder: Path) -> Path:
     return convert(folder, "float32")
 
 
+@pytest.mark.slow
 def test_a_long_context_takes_no_memory_until_it_is_used(tmp_path: Path) -> None:
     """Address space of a process: that of a model made for 131,072 positions, and for 2,048, under a limit as well."""
     peaks = []
@@ -269,6 +271,7 @@ def test_a_file_larger_than_memory_and_swap_is_mapped(tmp_path: Path) -> None:
 # ---- Saying what happens
 
 
+@pytest.mark.slow
 def test_the_kernels_are_compiled_while_loading(demo, tmp_path: Path) -> None:
     """One line, before the model is loaded, and only once."""
     flags = ["--checkpoint_path", demo["target"], "--max_new_tokens", 2, "--device", "cpu"]

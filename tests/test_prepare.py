@@ -216,7 +216,7 @@ def assert_one_line(result: subprocess.CompletedProcess, says: str) -> None:
         pytest.param(WHOLE, WHOLE, id="safetensors", marks=pytest.mark.slow),
         pytest.param(SHARDS, SHARDS, id="shards", marks=pytest.mark.slow),
         pytest.param(WHOLE_BIN, WHOLE_BIN, id="bin", marks=pytest.mark.slow),
-        pytest.param(BIN_SHARDS, BIN_SHARDS, id="bin shards"),
+        pytest.param(BIN_SHARDS, BIN_SHARDS, id="bin shards", marks=pytest.mark.slow),
         pytest.param(WHOLE | BIN_SHARDS, WHOLE, id="both"),
     ],
 )
@@ -296,6 +296,7 @@ def test_no_network_is_one_line(prepare: Callable, environment: dict, says: str)
     assert_one_line(prepare(REPO, **environment), f"{REPO} was not downloaded ( ... {says} ... the network, then again")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "environment", [{"HF_ENDPOINT": "http://127.0.0.1:1"}, {"HF_HUB_OFFLINE": "1"}], ids=["unreachable", "offline"]
 )
@@ -317,6 +318,7 @@ def test_without_a_network_the_hubs_own_cache_will_do(
     assert sorted(path.name for path in snapshot.iterdir()) == sorted(TEXTS | WHOLE)
 
 
+@pytest.mark.slow
 def test_prepare_finds_its_neighbours_through_a_link(prepare: Callable, project: Path, tmp_path: Path) -> None:
     (tmp_path / "here" / "model").mkdir(parents=True)
     for name, content in (TEXTS | WHOLE).items():
@@ -361,6 +363,7 @@ def test_links_in_the_way(hub: Hub, prepare: Callable, project: Path, tmp_path: 
     assert (tmp_path / "large disk" / REPO / "model.pth").exists()
 
 
+@pytest.mark.slow
 def test_settings_of_the_shell_do_not_matter(prepare: Callable, project: Path, tmp_path: Path) -> None:
     """A local directory, by a relative name that CDPATH has as well, with a space."""
     for place in ("here", "elsewhere"):

@@ -219,6 +219,7 @@ def test_bits_of_a_weight_are_those_of_the_file(demo: dict[str, Path], quantized
         assert bits_per_weight(read_checkpoint(path)) == pytest.approx(8 * stored / count)
 
 
+@pytest.mark.slow
 def test_the_table_of_qualities(demo: dict[str, Path], held_out: str, tmp_path: Path) -> None:
     """A row for the original, and one for each mode asked for; nothing is left beside the checkpoint or in TMPDIR."""
     text, scratch, before = tmp_path / "text.txt", tmp_path / "scratch", set(demo["draft"].parent.iterdir())
@@ -478,6 +479,7 @@ def test_compiled_equals_eager_and_text_streams(quantized: dict[str, Path], mode
     assert whole == before + decoded(ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, name",
     [(["--mode", "int8"], "model_int8.pth"), (["--mode", "int4", "--groupsize", "64"], "model_int4.g64.cpu.pth")],

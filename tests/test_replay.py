@@ -235,6 +235,7 @@ def test_affinity_and_the_environment_limit_threads() -> None:
     assert child("print(tp.num_threads())", 5, OMP_NUM_THREADS="3") == "5\n"  # as torch has it
 
 
+@pytest.mark.slow
 def test_a_process_with_threads_asleep_forks_and_exits() -> None:
     """The same text in the child, which has one thread, and in the parent."""
     code = """
@@ -248,6 +249,7 @@ assert text() == before
     child(code, 4)
 
 
+@pytest.mark.slow
 def test_an_interrupted_process_goes_on_cleanly() -> None:
     """Ctrl-C at any time during replays raises KeyboardInterrupt, and the next text is the same."""
     code = """

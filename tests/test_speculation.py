@@ -459,6 +459,7 @@ def test_another_vocabulary_is_refused_and_other_notes_in_the_tokenizer_are_not(
     assert model.startswith("Memory: ") and "another vocabulary" in error
 
 
+@pytest.mark.slow
 def test_a_draft_that_fails_is_left_out(demo, tmp_path: Path) -> None:
     """Its numbers are not finite: one line names it, and the text is that of plain decoding."""
     content = torch.load(demo["draft"], weights_only=True)

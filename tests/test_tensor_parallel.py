@@ -176,6 +176,7 @@ def alone(*words: str | Path, text: str | None = None) -> subprocess.CompletedPr
     )
 
 
+@pytest.mark.slow
 def test_torchrun_answers_like_python_and_only_rank_0_prints(folder: Path) -> None:
     words = ["--checkpoint_path", folder / "target_float.pth", "--precision", "float32", "--max_new_tokens", "20"]
     words += ["--prompt", "-"]
@@ -221,8 +222,10 @@ def test_torchrun_holds_a_conversation_and_ends_with_its_input(folder: Path) -> 
     "name, count, cause",
     [
         ("target_float.pth", 3, "n_head = 8 is no multiple of 3 ranks"),
-        ("target_int4.g256.pth", 2, "groups of wo's inputs = 1 is no multiple of 2 ranks"),
-        ("none.pth", 2, "none.pth: No such file"),
+        pytest.param(
+            "target_int4.g256.pth", 2, "groups of wo's inputs = 1 is no multiple of 2 ranks", marks=pytest.mark.slow
+        ),
+        pytest.param("none.pth", 2, "none.pth: No such file", marks=pytest.mark.slow),
     ],
 )
 def test_a_model_that_cannot_be_divided_is_refused_by_name(folder: Path, name: str, count: int, cause: str) -> None:
@@ -232,6 +235,7 @@ def test_a_model_that_cannot_be_divided_is_refused_by_name(folder: Path, name: s
     assert cause in line
 
 
+@pytest.mark.slow
 def test_an_error_of_another_rank_is_the_one_line(folder: Path, tmp_path: Path) -> None:
     """Only the second rank finds no model: its cause is told, and not that a rank has ended."""
     (tmp_path / "1").mkdir()
@@ -337,6 +341,7 @@ def test_a_rank_that_waits_for_another_ends_when_it_is_stopped(folder: Path) -> 
     assert process.wait(timeout=20) == -signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_ranks_need_no_numpy(folder: Path, tmp_path: Path) -> None:
     """requirements.txt does not bring it."""
     (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError('none here', name='numpy')")

@@ -27,7 +27,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=["nothing", "a package of that name"])
+@pytest.fixture(params=["nothing", pytest.param("a package of that name", marks=pytest.mark.slow)])
 def decoy(request, tmp_path: Path) -> dict[str, str]:
     """An environment in which nothing else is named kernels, or a package that must not be imported."""
     if request.param == "nothing":
