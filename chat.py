@@ -17,7 +17,7 @@ class Conversation:
     def __init__(self, tokenizer: Tokenizer, max_seq_length: int, system: str, use_chat_template: bool) -> None:
         self.tokenizer = tokenizer
         self.max_seq_length = max_seq_length
-        self.system = system
+        self.system = system if use_chat_template or not system else system + "\n"
         self.use_chat_template = use_chat_template
         self.clear()
 
@@ -39,13 +39,7 @@ class Conversation:
         if self.use_chat_template:
             ids = self.tokenizer.apply_chat_template(messages)
         else:
-            parts = [message["content"] for message in messages]
-            if self.system:
-                parts[:2] = ["\n".join(parts[:2])]
-            ids = []
-            for part in parts:
-                ids = self.tokenizer.encode_with_special_tokens(part, ids)
-            ids = self.tokenizer.bos_ids + ids
+            ids = self.tokenizer.bos_ids + self.tokenizer.encode(*[message["content"] for message in messages])
         if not ids:
             raise ValueError(f"{text!r} has no tokens in this vocabulary: give some other text")
         if len(ids) > self.max_seq_length:

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 
@@ -54,6 +54,7 @@ class Engine:
         self.device = model.tok_embeddings.weight.device
         self.max_seq_length = max_seq_length
         self.kv_cache = model.make_cache(0)  # `reserve` makes it larger
+        self.cache_users = [self]  # the engines that have this KV cache
         self.cached_ids: list[int] = []
         self.num_cached = 0  # tokens of the last prompt that were cached
         self.checkpoint = checkpoint  # checkpoint.Checkpoint
@@ -74,7 +75,8 @@ class Engine:
         if positions <= self.kv_cache[-1].shape[3]:
             return
         capacity = max(positions, min(max(2 * self.kv_cache[-1].shape[3], MIN_CAPACITY), self.max_seq_length))
-        getattr(self.decode_step, "graphs", {}).clear()  # a captured step keeps the cache that it was captured with
+        for engine in self.cache_users:  # a captured step keeps the cache that it was captured with
+            getattr(engine.decode_step, "graphs", {}).clear()
         try:
             for i, old in enumerate(self.kv_cache):
                 new = old.new_empty(*old.shape[:3], capacity, old.shape[4])
@@ -84,6 +86,20 @@ class Engine:
             if tp.WORLD_SIZE > 1:
                 raise  # because the other ranks would wait for this one
             raise ValueError(f"no memory for a KV cache of {capacity} positions: choose a smaller --context") from error
+
+    def share_cache(self, target: "Engine") -> None:
+        """Use the KV cache and the embeddings of `target` if this is its quantized copy: same shape, same embeddings.
+
+        Such a draft needs no prefill. The target overwrites its keys and values when it verifies the guesses.
+        """
+        first_rows = [engine.model.tok_embeddings.weight[:1000] for engine in (self, target)]
+        if self.model.args != target.model.args or not torch.equal(*first_rows):
+            return
+        self.model.tok_embeddings = target.model.tok_embeddings
+        self.kv_cache = target.kv_cache
+        self.cache_users = target.cache_users
+        self.cache_users.append(self)
+        self.prefix_cache = None
 
     def match_prefix(self, prompt: list[int]) -> None:
         """Keep the cached tokens that `prompt` starts with. Its last token is never kept, because it has to run."""
@@ -239,44 +255,42 @@ class Session:
         self.max_new_tokens = args.max_new_tokens or (200 if texts else self.max_seq_length)
         if texts:
             self.max_seq_length = min(self.max_seq_length, max(map(len, self.prompts)) + self.max_new_tokens)
+        limits = {name: getattr(args, name) for name in ("top_k", "top_p", "min_p")}
+        limits["vocab_size"] = self.tokenizer.vocab_size
+        self.params = SamplingParams.create(args.device, 0, args.temperature, **limits)
         self.engine = self.load(checkpoint, prefix_cache)
         path = args.draft_checkpoint_path
         draft = self.load(read_checkpoint(path), prefix_cache, is_draft=True) if path else None
         lookup = PromptLookup() if args.prompt_lookup else None
         self.speculation = Speculation(draft, args.speculate_k, lookup) if draft or lookup else None
-        limits = {name: getattr(args, name) for name in ("top_k", "top_p", "min_p")}
-        limits["vocab_size"] = self.tokenizer.vocab_size
-        self.params = SamplingParams.create(args.device, 0, args.temperature, **limits)
         self.finish_reason = ""  # why the last answer ended
         self.statistics = "no answer yet"  # the figures of the last answer
-        self.compile(filter(None, (self.engine, draft)))
         print(f"Load time: {time.perf_counter() - start:.3f} s", file=sys.stderr)
 
     def load(self, checkpoint: Checkpoint, prefix_cache, is_draft: bool = False) -> Engine:
-        """An engine for a checkpoint. ValueError for a draft that lacks some of the model's tokens."""
+        """A compiled engine for a checkpoint. ValueError for a draft that lacks some of the model's tokens."""
         vocab, size = checkpoint.tokenizer.bpe.vocab, checkpoint.args.vocab_size
         if is_draft and (vocab != self.tokenizer.bpe.vocab or size < self.tokenizer.vocab_size):
             raise ValueError(f"{checkpoint.path} has another vocabulary: choose a draft of the family")
         model = tp.load_sharded(checkpoint, self.args.device, getattr(torch, self.args.precision), is_draft)
         engine = Engine(model, min(self.max_seq_length, checkpoint.args.max_seq_length), checkpoint, prefix_cache)
+        if is_draft:
+            engine.share_cache(self.engine)
         engine.reserve(engine.max_seq_length if self.prompts else 1)  # in a conversation it grows
         if HAS_KERNELS:
             compile_kernels(model)
         weights = sum(tensor.nbytes for tensor in model.state_dict().values()) / 1e9
         positions = engine.kv_cache[0].shape[3]
         size = sum(layer.nbytes for layer in engine.kv_cache) // positions
-        print(f"Memory: {weights:.3f} GB of weights, KV cache: {positions} positions of {size} bytes", file=sys.stderr)
+        cache = "shared" if len(engine.cache_users) > 1 else f"{positions} positions of {size} bytes"
+        print(f"Memory: {weights:.3f} GB of weights, KV cache: {cache}", file=sys.stderr)
+        # A CPU replays its steps instead. A compiled step runs one row as two, which costs too much in 4 bits.
+        bits, _ = bits_and_groupsize("wo", checkpoint.header["quantization"])
+        compile_decode = self.args.compile and self.args.device == "cuda" and bits > 4
+        if compile_decode or self.args.compile_prefill:
+            with utils.reading("torch.compile", "do without --compile[_prefill]"):
+                engine.compile(compile_decode, self.args.compile_prefill, self.params)
         return engine
-
-    def compile(self, engines: Iterable[Engine]) -> None:
-        """Compile the steps that gain from it. ValueError if there is no compiler."""
-        for engine in engines:
-            # A CPU replays its steps instead. A compiled step runs one row as two, which costs too much in 4 bits.
-            bits, _ = bits_and_groupsize("wo", engine.checkpoint.header["quantization"])
-            compile_decode = self.args.compile and self.args.device == "cuda" and bits > 4
-            if compile_decode or self.args.compile_prefill:
-                with utils.reading("torch.compile", "do without --compile[_prefill]"):
-                    engine.compile(compile_decode, self.args.compile_prefill, self.params)
 
     def answer(self, prompt: list[int], i: int = 0) -> str:
         """Print the text that follows `prompt` while it is generated, with seed + i. Return it from Tokenizer.decode.
@@ -350,7 +364,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--min_p", type=number(0, 1, float), help="drop tokens less likely than P times the most likely (0)")
     add("--draft_checkpoint_path", type=Path, help="speculative decoding with a small model of the same vocabulary")
     add("--prompt_lookup", action="store_true", help="speculative decoding by n-grams of the text; also with a draft")
-    add("--speculate_k", type=number(1, MAX_DECODE_ROWS - 1), default=5, help="most guesses in a pass (5)")
+    add("--speculate_k", type=number(1, MAX_DECODE_ROWS - 1), default=15, help="most guesses in a pass (15)")
     add("--seed", type=number(0, 2**31 - 1), default=1234, help="the same seed gives the same text (1234)")
     add("--compile", action="store_true", help="torch.compile decoding on CUDA, in 16 and 8 bits; starts more slowly")
     add("--compile_prefill", action="store_true", help="torch.compile the pass over the prompt as well")

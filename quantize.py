@@ -180,7 +180,7 @@ def calibrate(checkpoint: Checkpoint, text: str, device: str) -> Iterator[tuple[
     model computes NaN or infinity.
     """
     tokenizer, args = checkpoint.tokenizer, checkpoint.args
-    ids = [*tokenizer.bos_ids, *tokenizer.encode(text)][: min(CALIBRATION_TOKENS, args.max_seq_length)]
+    ids = (tokenizer.bos_ids + tokenizer.encode(tokenizer.escape(text)))[: min(CALIBRATION_TOKENS, args.max_seq_length)]
     if not ids:
         raise ValueError("--calibrate: the model has no tokens for this text: give another")
     model = load_model(checkpoint, "cpu", checkpoint.state_dict["norm.weight"].dtype)

@@ -13,14 +13,14 @@ from collections.abc import Iterator
 import tp
 from sampling import SamplingParams
 
-NGRAM_LENGTHS = range(5, 1, -1)
+NGRAM_LENGTHS = (16, 8, 5, 3, 2)
 GUESS_COUNTS = (1, 2, 3, 4, 7, 11, 15)  # that are tried: passes of 4, 8, 12 and 16 tokens fill blocks of rows
 EXPLORE_EVERY = 40  # passes until something other than the fastest is tried
 MIN_TRIALS = 3  # passes of a source before it can lose, because one may have been unlucky
 
 
 class PromptLookup:
-    """Guesses the tokens that followed the last n-gram where it occurred before. 2 to 5 tokens make an n-gram.
+    """Guesses the tokens that followed the last n-gram where it occurred before; the longest n-gram counts.
 
     https://github.com/apoorvumang/prompt-lookup-decoding, with an index that grows with the text, so that a long text
     takes no longer.
@@ -37,8 +37,7 @@ class PromptLookup:
             self.ids, self.ngrams, self.indexed = ids, {}, 0
         for end in range(self.indexed + 1, len(ids)):
             for length in NGRAM_LENGTHS:
-                if length <= end:
-                    self.ngrams[tuple(ids[end - length : end])] = end
+                self.ngrams[tuple(ids[max(end - length, 0) : end])] = end
         self.indexed = max(len(ids) - 1, 0)
         for length in NGRAM_LENGTHS:
             if position := self.ngrams.get(tuple(ids[-length:])):
@@ -116,20 +115,21 @@ class Speculation:
             if not is_measured:
                 return
 
-    def choose(self, max_k: int, sources: list[str]) -> tuple[str, int]:
+    def choose(self, max_k: int, sources: dict[str, int]) -> tuple[str, int]:
         """The source, one of `sources` or "none", and the number of its guesses to verify now, at most max_k.
 
-        First measure passes without guesses, then each source. Now and then explore: of the other sources, and of the
-        numbers beside the best one, what was not used for the longest time.
+        First measure passes without guesses, then each source, with at most the number of guesses in `sources`. Now and
+        then explore: of the other sources, and of the numbers beside the best one, what was not used for the longest
+        time.
         """
         plain = self.pass_seconds[0]
         counts = [k for k in self.guess_counts if k <= max_k]
         if plain.count < 2 or not counts or not sources:
             return "none", 0
         rates = []
-        for source in sources:
+        for source, trial_k in sources.items():
             if self.acceptance[source].count < MIN_TRIALS:
-                return source, 1
+                return source, max(k for k in counts if k <= trial_k)
             rates += self.expected_rates(source, counts)
         rate, source, k = max(rates)
         best = (source, k) if rate > 1 / plain.value else ("none", 0)
@@ -154,6 +154,8 @@ class Speculation:
     def ask_draft(self, ids: list[int], k: int, params: SamplingParams) -> list[int]:
         """Up to `k` guesses of the draft. After an error it is not asked again."""
         try:
+            if len(self.draft.cache_users) > 1:
+                self.draft.cached_ids = ids[:-1]  # the target has cached them
             self.draft.match_prefix(ids)
             if len(ids) - len(self.draft.cached_ids) > self.guess_counts[-1] + 1:
                 self.draft.prefill(ids, params)  # the draft catches up before the clock starts
@@ -169,9 +171,9 @@ class Speculation:
     def speculative_decode(self, engine, ids: list[int], max_new_tokens: int, params: SamplingParams) -> list[int]:
         """The tokens that follow `ids`, from one pass of an Engine: one, and one more for each accepted guess."""
         length, position = self.lookup.find(ids) if self.lookup else (0, 0)
-        sources = ["draft"] if self.draft and len(ids) <= self.draft.max_seq_length else []
+        sources = {"draft": 1} if self.draft and len(ids) <= self.draft.max_seq_length else {}
         if length > 0:
-            sources.append(f"lookup {length}")
+            sources[f"lookup {length}"] = length // 2
         # Rank 0 chooses, because the clocks of the ranks differ.
         source, k = tp.from_rank(lambda: self.choose(max_new_tokens - 1, sources))
         if source == "draft":

@@ -171,35 +171,30 @@ class Tokenizer:
         return is_known or text in (self.chat_template or "") or (text[0] in "<[" and text[-1] in ">]")
 
     def escape(self, text: str) -> str:
-        """`text` for a chat template, so that none of its characters is read as a special token."""
+        """`text` for `encode` or a chat template, so that none of its characters is read as a special token."""
         return self.special_pattern.sub(lambda match: "".join(ESCAPE + character for character in match[0]), text)
 
-    def render(self, messages: list[dict]) -> str:
-        """The chat template of `messages` with `role` and escaped `content`, up to where the next answer starts.
+    def apply_chat_template(self, messages: list[dict]) -> list[int]:
+        """Token ids of `messages` with `role` and escaped `content`, up to where the next answer starts.
 
         Only a template that needs a clock has one; with others, the same messages give the same text every day.
         """
         with reading("the chat template", "leave out --system, or the template by --raw"):
-            return self.compiled_template.render(messages=messages)
+            return self.encode(self.compiled_template.render(messages=messages))
 
-    def apply_chat_template(self, messages: list[dict]) -> list[int]:
-        """Token ids of `render`."""
-        return self.encode_with_special_tokens(self.render(messages))
+    def encode(self, *texts: str) -> list[int]:
+        """Token ids of texts that follow each other, without BOS.
 
-    def encode_with_special_tokens(self, text: str, before: list[int] = ()) -> list[int]:
-        """`before` and the token ids of a text that follows, in which the spelling of an added token is that token."""
-        ids = list(before)
-        for part in self.added_pattern.split(text):
+        The spelling of an added token is that token, unless it is escaped, or is in two texts.
+        """
+        ids = []
+        for part in [part for text in texts for part in self.added_pattern.split(text)]:
             if part in self.added_tokens:
                 ids.append(self.added_tokens[part])
             elif part:
                 add_prefix_space = not ids or (self.legacy and ids[-1] in self.added_ids)
                 ids += self.bpe.encode(part.replace(ESCAPE, ""), add_prefix_space)
         return ids
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text that somebody wrote, without BOS; the spelling of a special token stays text."""
-        return self.encode_with_special_tokens(self.escape(text))
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of UTF-8 that `token` adds to a text."""
@@ -219,17 +214,12 @@ class Tokenizer:
         return text
 
 
-def utf8_decoder() -> codecs.IncrementalDecoder:
-    """A decoder of a stream of UTF-8: an incomplete character waits for its last byte, or for decode(b"", True)."""
-    return codecs.getincrementaldecoder("utf-8")("replace each byte")
-
-
 class TextStreamer:
     """Prints an answer while it is generated, up to the first of the texts `stops`. A possible start is held back."""
 
     def __init__(self, stops: list[str]) -> None:
         self.stops = stops
-        self.decode = utf8_decoder().decode
+        self.decode = codecs.getincrementaldecoder("utf-8")("replace each byte").decode
         self.pending = ""  # not printed yet
         self.printed = 0  # characters
         self.stop = ""  # the stop text that ended the answer

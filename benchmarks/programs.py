@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import utils
@@ -70,6 +71,8 @@ class Ours(Program):
         torch.set_num_threads(tp.num_threads())
         checkpoint = read_checkpoint(Path(path))
         self.vocab_size = checkpoint.args.vocab_size
+        # Random weights have no trained context, so the RoPE table may be as long as the longest one that is measured.
+        checkpoint.args = replace(checkpoint.args, max_seq_length=positions)
         self.engine = Engine(load_model(checkpoint, device, torch.bfloat16), positions)
         self.engine.reserve(positions)  # so that it does not grow while it is measured
         self.params = SamplingParams.create(device, 1, 0.8)

@@ -43,7 +43,7 @@ class Figures:
 @torch.inference_mode()
 def compare(original: Checkpoint, quantized: Checkpoint | Transformer, text: str, device: str) -> Figures:
     """Compare `quantized` with `original` on `text`. ValueError if the text has no tokens."""
-    ids = original.tokenizer.encode(text)
+    ids = original.tokenizer.encode(original.tokenizer.escape(text))
     if not ids:
         raise ValueError("the text is empty: give a longer one")
     window = min(WINDOW, original.args.max_seq_length)

@@ -1,5 +1,7 @@
 """Speculative decoding over plain decoding: with a draft, with prompt lookup, and with both, in turn in one process.
 
+A draft that is a quantized copy of the model shares its KV cache, as in generate.py.
+
     python -m benchmarks.speculation --checkpoint_path target.pth --draft_checkpoint_path draft.pth --prompt @code.py
     python -m benchmarks.speculation --checkpoint_path model.pth --prompt "Summarize: ..."      # prompt lookup alone
 
@@ -25,8 +27,6 @@ from generate import Engine, generate
 from sampling import SamplingParams
 from speculation import PromptLookup, Speculation
 
-SPECULATE_K = 5
-
 
 def load(path: Path) -> Engine:
     """An engine for the checkpoint at `path`, in bfloat16 on a CPU."""
@@ -37,12 +37,12 @@ def load(path: Path) -> Engine:
     return engine
 
 
-def new_speculation(source: str, draft: Engine | None) -> Speculation | None:
+def new_speculation(source: str, draft: Engine | None, speculate_k: int) -> Speculation | None:
     """A controller for one of the sources of guesses: "plain" (none), "lookup", "draft" or "both"."""
     if source == "plain":
         return None
     lookup = PromptLookup() if source != "draft" else None
-    return Speculation(draft if source != "lookup" else None, SPECULATE_K, lookup)
+    return Speculation(draft if source != "lookup" else None, speculate_k, lookup)
 
 
 def tokens_per_second(
@@ -66,7 +66,7 @@ def compare(
     accepted = dict.fromkeys(sources, "")
     for i in range(args.rounds + 1):
         for source in sources:
-            speculation = new_speculation(source, draft)
+            speculation = new_speculation(source, draft, args.speculate_k)
             vocab_size = engine.checkpoint.tokenizer.vocab_size
             params = SamplingParams.create("cpu", i, temperature, vocab_size=vocab_size)
             rates[source].append(tokens_per_second(engine, prompt, args.tokens, params, speculation))
@@ -90,10 +90,13 @@ def main() -> None:
     add("--temperature", type=float, nargs="+", default=[0.0, 0.8])
     add("--tokens", type=int, default=128)
     add("--rounds", type=int, default=5)
+    add("--speculate_k", type=int, default=15)
     args = parser.parse_args()
     torch.set_num_threads(tp.num_threads())
     engine = load(args.checkpoint_path)
     draft = load(args.draft_checkpoint_path) if args.draft_checkpoint_path else None
+    if draft:
+        draft.share_cache(engine)
     tokenizer = engine.checkpoint.tokenizer
     conversation = Conversation(tokenizer, engine.max_seq_length, "", tokenizer.chat_template is not None)
     print(f"read bandwidth {bandwidth('cpu'):.1f} GB/s", file=sys.stderr)

@@ -1,5 +1,6 @@
 """Fixtures and helpers of several test modules: the bundled demo checkpoints, random Llamas, engines, command lines."""
 
+import codecs
 import os
 import shutil
 import signal
@@ -22,7 +23,7 @@ from sampling import SamplingParams
 from scripts.convert_hf_checkpoint import convert
 from scripts.convert_tokenizer import sentencepiece_tokenizer
 from speculation import Speculation
-from tokenizer import utf8_decoder
+from tokenizer import Tokenizer
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # utils.py gives Ctrl-C to the system until a script runs
 ROOT = Path(__file__).parents[1]
@@ -118,6 +119,16 @@ class Eager(Engine):
     def start_pass(self, inputs: torch.Tensor, params: SamplingParams) -> torch.Tensor:
         is_long = inputs.shape[1] > MAX_DECODE_ROWS
         return step(self.model, inputs.to(self.device), self.kv_cache, params, is_long)
+
+
+def typed(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of a text that somebody typed: the spelling of a special token stays text."""
+    return tokenizer.encode(tokenizer.escape(text))
+
+
+def utf8_decoder() -> codecs.IncrementalDecoder:
+    """A decoder of a stream of UTF-8, with a replacement character for each byte that is not."""
+    return codecs.getincrementaldecoder("utf-8")("replace each byte")
 
 
 def decoded(ids: list[int]) -> str:

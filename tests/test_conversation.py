@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO, ROOT, TOKENIZER, generated, new_engine
+from conftest import DEMO, ROOT, TOKENIZER, generated, new_engine, typed
 from test_tokenizer import CHATML, saved, trained
 from tokenizer_texts import LLAMA_2_TEMPLATE
 
@@ -104,7 +104,7 @@ def talk(
 
 def text_of(answer: list[int]) -> str:
     """The text of an answer, by sentencepiece."""
-    return TOKENIZER.bpe.processor.decode([*TOKENIZER.encode("a"), *answer])[1:]
+    return TOKENIZER.bpe.processor.decode([*typed(TOKENIZER, "a"), *answer])[1:]
 
 
 def transcript(session: Session, turns: list[Turn], lines: list[str]) -> list[int]:
@@ -115,10 +115,10 @@ def transcript(session: Session, turns: list[Turn], lines: list[str]) -> list[in
         system = f"<<SYS>>\n{session.system}\n<</SYS>>\n\n" if session.system else ""
         whole = "".join(f"<s>[INST] {line} [/INST] {text.strip()} </s>" for line, text in answered)
         whole = f"{whole}<s>[INST] {line} [/INST]"
-        return TOKENIZER.encode_with_special_tokens(whole.replace("[INST] ", f"[INST] {system}", 1))
+        return TOKENIZER.encode(whole.replace("[INST] ", f"[INST] {system}", 1))
     first, *others = [part for turn in answered for part in turn] + [line]
     first = f"{session.system}\n{first}" if session.system else first
-    return [BOS, *TOKENIZER.encode(first), *[token for part in others for token in TOKENIZER.bpe.encode(part, False)]]
+    return [BOS, *typed(TOKENIZER, first), *[token for part in others for token in TOKENIZER.bpe.encode(part, False)]]
 
 
 def assert_one_transcript(session: Session, turns: list[Turn]) -> None:
@@ -259,10 +259,10 @@ def test_added_tokens_are_read_in_raw_prompts_alone(chat: dict[str, Path]) -> No
     """As is needed to fill in the middle; in a template and in a conversation their spellings stay text."""
     words = ["--checkpoint_path", str(chat["float32"]), "--device", "cpu"]
     with_template = Session(build_parser().parse_args(words), ["a</s>b"])
-    assert with_template.prompts == [[BOS, *TOKENIZER.encode("[INST] a</s>b [/INST]")]]
+    assert with_template.prompts == [[BOS, *typed(TOKENIZER, "[INST] a</s>b [/INST]")]]
     raw = Session(build_parser().parse_args([*words, "--raw"]), ["a</s>b"])
-    assert raw.prompts == [[BOS, *TOKENIZER.encode("a"), EOS, *TOKENIZER.encode("b")]]
-    assert raw.conversation.prompt("a</s>b") == [BOS, *TOKENIZER.encode("a</s>b")]
+    assert raw.prompts == [[BOS, *typed(TOKENIZER, "a"), EOS, *typed(TOKENIZER, "b")]]
+    assert raw.conversation.prompt("a</s>b") == [BOS, *typed(TOKENIZER, "a</s>b")]
 
 
 def test_an_answer_that_fails_leaves_the_conversation_and_no_figures(
@@ -305,11 +305,11 @@ def test_an_interrupt_while_prefixes_are_saved_keeps_the_conversation(
 
 def test_a_space_that_ends_an_answer_is_the_templates(chat: dict[str, Path]) -> None:
     """The template strips an answer before it adds the space."""
-    for answer in (TOKENIZER.encode("yes"), TOKENIZER.encode("yes") + END[:1]):
+    for answer in (typed(TOKENIZER, "yes"), typed(TOKENIZER, "yes") + END[:1]):
         conversation = session_of(chat["float32"]).conversation
         prompt = conversation.prompt("Well?")
         conversation.add("Well?", TOKENIZER.decode(answer, 100))
-        expected = [*prompt, *TOKENIZER.encode("yes"), *END, BOS]
+        expected = [*prompt, *typed(TOKENIZER, "yes"), *END, BOS]
         assert conversation.prompt("Well?")[: len(expected)] == expected
 
 
@@ -398,7 +398,7 @@ def test_the_ids_equal_the_ids_of_the_chat_template_in_transformers(
     for user, assistant in turns:
         messages.append({"role": "user", "content": user})
         assert conversation.prompt(user) == llama_template(messages)
-        conversation.add(user, TOKENIZER.decode(TOKENIZER.encode(assistant), 10**6))
+        conversation.add(user, TOKENIZER.decode(typed(TOKENIZER, assistant), 10**6))
         messages.append({"role": "assistant", "content": assistant})
 
 
@@ -420,12 +420,12 @@ def test_without_a_template_the_text_goes_on(demo: dict[str, Path], chat: dict[s
     for session in (session_of(demo["target"]), session_of(chat["float32"], "--raw")):
         conversation = session.conversation
         prompt = conversation.prompt("import os")
-        assert prompt == [BOS, *TOKENIZER.encode("import os")]
-        answer = TOKENIZER.encode("and sys")
+        assert prompt == [BOS, *typed(TOKENIZER, "import os")]
+        answer = typed(TOKENIZER, "and sys")
         conversation.add("import os", TOKENIZER.decode(answer, 100))
         assert conversation.prompt("\ndef f():") == [*prompt, *answer, *TOKENIZER.bpe.encode("\ndef f():", False)]
     conversation = session_of(demo["target"], "--system", "x = 1").conversation
-    assert conversation.prompt("y") == [BOS, *TOKENIZER.encode("x = 1\ny")]
+    assert conversation.prompt("y") == [BOS, *typed(TOKENIZER, "x = 1\ny")]
 
 
 # ---- The command line

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from bad_input_cases import CONFIG, LLAMA_3_ROPE
-from conftest import DEMO, ROOT, TOKENIZER, generated, make_params, new_engine
+from conftest import DEMO, ROOT, TOKENIZER, generated, make_params, new_engine, typed
 
 from checkpoint import load_model, read_checkpoint
 from model import ModelArgs
@@ -297,12 +297,12 @@ def test_checkpoints_of_earlier_versions_are_read(demo) -> None:
     torch.save(content, path)
     old = read_checkpoint(path)
     assert (old.args, old.tokenizer, old.header["id"]) == (new.args, new.tokenizer, new.header["id"])
-    prompt = old.tokenizer.encode("def read_file(path):")
+    prompt = typed(old.tokenizer, "def read_file(path):")
     answers = [
         generated(new_engine(load_model(each, "cpu", torch.float32), 64), prompt, 10, make_params())
         for each in (old, new)
     ]
-    assert prompt == TOKENIZER.encode("def read_file(path):") and answers[0] == answers[1]
+    assert prompt == typed(TOKENIZER, "def read_file(path):") and answers[0] == answers[1]
 
 
 def test_the_scaled_rope_of_an_earlier_version_is_read(random_llama) -> None:
@@ -324,8 +324,8 @@ def test_added_tokens_of_an_earlier_version_are_read(tmp_path: Path) -> None:
     old = Tokenizer.from_fields(old_tokenizer(new, proto, None))
     assert (old.vocab_size, old.eos_ids, old.bos_ids) == (2050, [2, 2049], [1])
     text = "<|im_start|>user\nimport os<|im_end|>\n"
-    assert old.encode_with_special_tokens(text) == new.encode_with_special_tokens(text)
     assert old.encode(text) == new.encode(text)
+    assert typed(old, text) == typed(new, text)
     assert [old.token_bytes(token) for token in range(2050)] == [new.token_bytes(token) for token in range(2050)]
 
 

@@ -682,7 +682,7 @@ def test_speculation_is_exact_in_bfloat16(demo, weights: str, temperature: float
     for source, lookup in ((draft, None), (None, PromptLookup()), (draft, PromptLookup())):
         for k in (1, 3, 6, 15):
             speculation = Speculation(source, k, lookup)
-            speculation.choose = lambda max_k, sources, k=k: ((sources or ["none"])[-1], min(max_k, k))
+            speculation.choose = lambda max_k, sources, k=k: (["none", *sources][-1], min(max_k, k))
             engine.truncate(0)
             assert generated(engine, PROMPT * 3, 60, params, speculation=speculation) == expected
 

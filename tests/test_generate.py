@@ -13,13 +13,12 @@ import utils
 
 import pytest
 import torch
-from conftest import ROOT, TOKENIZER, decoded, generated, make_params, new_engine, run_cli
+from conftest import ROOT, TOKENIZER, decoded, generated, make_params, new_engine, run_cli, utf8_decoder
 
 from checkpoint import load_model, read_checkpoint
 from generate import Session, build_parser
 from sampling import gumbel_noise, hash32, sample
 from scripts.convert_hf_checkpoint import convert
-from tokenizer import utf8_decoder
 
 GOLDEN_PROMPT = "The following example"
 PROMPT = [*TOKENIZER.bos_ids, *TOKENIZER.encode(GOLDEN_PROMPT)]

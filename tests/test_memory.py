@@ -38,21 +38,29 @@ def engine_of(model, capacity: int | None = None) -> Engine:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("source", ["none", "draft", "lookup", "draft and lookup"])
+@pytest.mark.parametrize("source", ["none", "draft", "lookup", "draft and lookup", "copy as draft"])
 def test_the_text_does_not_depend_on_the_size_of_the_cache(source: str, dtype: torch.dtype, monkeypatch) -> None:
     """A cache of exactly the need, of twice that, and one that grows several times in the middle of an answer."""
-    model, draft, params = random_model(ARGS).to(dtype), random_model(ARGS, 0.3).to(dtype), make_params(3, 0.8)
+    model, draft, params = random_model(ARGS).to(dtype), random_model(ARGS, 0.4).to(dtype), make_params(3, 0.8)
+    copy = random_model(ARGS).to(dtype)
+    copy.layers[0].feed_forward.w2.weight.mul_(0.5)  # as if it were quantized
     texts, sizes = [], []
     for capacity, smallest in ((len(PROMPT) + COUNT, 1), (200, 1), (None, 1)):
         monkeypatch.setattr(generate, "MIN_CAPACITY", smallest)
         engine = engine_of(model, capacity)
         grown = [engine.kv_cache[0].shape[3]]
         lookup = PromptLookup() if "lookup" in source else None
-        speculation = Speculation(engine_of(draft, capacity) if "draft" in source else None, 5, lookup)
+        guesser = engine_of(copy if "copy" in source else draft, capacity) if "draft" in source else None
+        if "copy" in source:
+            guesser.share_cache(engine)
+            assert guesser.kv_cache is engine.kv_cache
+        speculation = Speculation(guesser, 5, lookup)
         if source == "none":
             speculation = None
         else:
-            speculation.choose = lambda max_k, sources: ((sources or ["none"])[-1], min(max_k, 3) if sources else 0)
+            speculation.choose = lambda max_k, sources: (
+                ([*sources][-1], min(max_k, 3)) if sources and max_k else ("none", 0)
+            )
         reserve = engine.reserve
 
         def noted(positions: int, engine=engine, reserve=reserve, grown=grown) -> None:

@@ -8,7 +8,7 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
-from conftest import ROOT, generated, make_params, new_engine
+from conftest import ROOT, generated, make_params, new_engine, typed
 from tokenizer_texts import texts
 
 import quantize as quantize_module
@@ -85,7 +85,7 @@ def test_ids_equal_the_ids_of_the_library(folder: Path, checkpoint: Checkpoint) 
     samples = [path.read_text() for path in ROOT.glob("*.*") if path.suffix in (".py", ".md")] + texts(4000)
     assert sum(map(len, samples)) > 200_000
     for text in samples:
-        assert ours.encode(text) == library.encode(text).ids, ascii(text[:200])
+        assert typed(ours, text) == library.encode(text).ids, ascii(text[:200])
 
 
 def test_answers_are_transformers(checkpoint: Checkpoint, model: Transformer, theirs: Callable) -> None:
@@ -155,7 +155,7 @@ def rescaled(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 @pytest.fixture(scope="module")
 def unlike(checkpoint: Checkpoint) -> str:
     """A text of 1,500 tokens unlike the README: from Python's own documentation."""
-    ids = checkpoint.tokenizer.encode("\n".join(topics.values()))[2000:3500]
+    ids = typed(checkpoint.tokenizer, "\n".join(topics.values()))[2000:3500]
     return checkpoint.tokenizer.decode(ids, sys.maxsize).replace("\ufffd", "")
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import decoded, generated, make_params, new_engine, run_cli
+from conftest import decoded, generated, make_params, new_engine, run_cli, utf8_decoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_conversation import chat, session_of, talk  # noqa: F401  `chat` is a fixture
 
 from generate import Session, build_parser
-from tokenizer import ESCAPE, TextStreamer, utf8_decoder
+from tokenizer import ESCAPE, TextStreamer
 
 TEXT = "def read_file(path):\n"
 
