@@ -16,7 +16,7 @@ from sampling import SamplingParams
 NGRAM_LENGTHS = (16, 8, 5, 3, 2)
 GUESS_COUNTS = (1, 2, 3, 4, 7, 11, 15)  # that are tried: passes of 4, 8, 12 and 16 tokens fill blocks of rows
 EXPLORE_EVERY = 40  # passes until something other than the fastest is tried
-MIN_TRIALS = 3  # passes of a source before it can lose, because one may have been unlucky
+MIN_TRIALS = 3  # passes without guesses, and of each source, before one can lose: one may have been unlucky
 
 
 class PromptLookup:
@@ -124,7 +124,7 @@ class Speculation:
         """
         plain = self.pass_seconds[0]
         counts = [k for k in self.guess_counts if k <= max_k]
-        if plain.count < 2 or not counts or not sources:
+        if plain.count <= MIN_TRIALS or not counts or not sources:
             return "none", 0
         rates = []
         for source, trial_k in sources.items():

@@ -411,6 +411,18 @@ def test_a_pause_of_the_machine_does_not_mislead_for_long() -> None:
         assert sum(k == best for k in counts[300:]) > 270
 
 
+def test_one_slow_pass_at_the_start_does_not_mislead() -> None:
+    """A draft that is nearly always right, but whose guess costs as much as a token, is not used for long."""
+    speculation, used = Speculation(None, 15), 0
+    for i in range(40):
+        source, k = speculation.choose(15, {"draft": 1})
+        used += source == "draft"
+        if source == "draft":
+            speculation.draft_seconds.add_seconds(1.0, speculation.passes)
+        speculation.update(source, k, k, (1.4 if i == 1 else 1.0) + 0.5 * k)
+    assert used < 10
+
+
 def test_catching_up_is_not_the_cost_of_a_guess(target: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A draft that takes long for its prompt, and for the text that it missed, but no time for a guess."""
     seconds = 0.0
