@@ -17,7 +17,7 @@ class Conversation:
     def __init__(self, tokenizer: Tokenizer, max_seq_length: int, system: str, use_chat_template: bool) -> None:
         self.tokenizer = tokenizer
         self.max_seq_length = max_seq_length
-        self.system = system if use_chat_template or not system else system + "\n"
+        self.system = system
         self.use_chat_template = use_chat_template
         self.clear()
 
@@ -39,7 +39,10 @@ class Conversation:
         if self.use_chat_template:
             ids = self.tokenizer.apply_chat_template(messages)
         else:
-            ids = self.tokenizer.bos_ids + self.tokenizer.encode(*[message["content"] for message in messages])
+            texts = [message["content"] for message in messages]
+            if self.system:
+                texts[:2] = ["\n".join(texts[:2])]
+            ids = self.tokenizer.bos_ids + self.tokenizer.encode(*texts)
         if not ids:
             raise ValueError(f"{text!r} has no tokens in this vocabulary: give some other text")
         if len(ids) > self.max_seq_length:
@@ -49,7 +52,7 @@ class Conversation:
 
     def add(self, text: str, answer: str) -> None:
         """Append what the user said, and the `answer` as Tokenizer.decode returns it."""
-        if self.use_chat_template and self.tokenizer.is_sentencepiece:
+        if self.use_chat_template and "model_proto" in self.tokenizer.model:
             answer = answer.removeprefix(" ")  # the space that sentencepiece puts before a text
         self.messages += [self.message("user", text), {"role": "assistant", "content": answer}]
 

@@ -93,13 +93,12 @@ class Engine:
         Such a draft needs no prefill. The target overwrites its keys and values when it verifies the guesses.
         """
         first_rows = [engine.model.tok_embeddings.weight[:1000] for engine in (self, target)]
-        if self.model.args != target.model.args or not torch.equal(*first_rows):
-            return
-        self.model.tok_embeddings = target.model.tok_embeddings
-        self.kv_cache = target.kv_cache
-        self.cache_users = target.cache_users
-        self.cache_users.append(self)
-        self.prefix_cache = None
+        if self.model.args == target.model.args and torch.equal(*first_rows):
+            self.model.tok_embeddings = target.model.tok_embeddings
+            self.kv_cache = target.kv_cache
+            self.cache_users = target.cache_users
+            self.cache_users.append(self)
+            self.prefix_cache = None
 
     def match_prefix(self, prompt: list[int]) -> None:
         """Keep the cached tokens that `prompt` starts with. Its last token is never kept, because it has to run."""
@@ -324,15 +323,14 @@ class Session:
 
     def describe(self, prompt_tokens: int, new_tokens: int, times: list[float]) -> str:
         """The figures of an answer, one `Name: figures` line each. `times` are seconds to each of its tokens."""
-        cached = self.engine.num_cached
         decoded = max(new_tokens - 1, 0)  # prefill samples the first token
         seconds = times[-1] - times[0] or math.inf  # no rates of a single token
         passes = self.speculation.num_passes if self.speculation else decoded
         size = sum(buffer.nbytes for buffer in self.engine.model.buffers())  # of the linear layers
         lines = [
-            f"Prompt tokens: {prompt_tokens} (cached {cached} of {prompt_tokens})",
+            f"Prompt tokens: {prompt_tokens} (cached {self.engine.num_cached} of {prompt_tokens})",
             f"Time to first token: {times[0]:.3f} s",
-            f"Prefill: {(prompt_tokens - cached) / times[0]:.2f} tokens/s",
+            f"Prefill: {(prompt_tokens - self.engine.num_cached) / times[0]:.2f} tokens/s",
             f"Decode: {decoded / seconds:.2f} tokens/s ({new_tokens} tokens in {times[-1]:.2f} s)",
             f"Weights read: {passes * size / seconds / 1e9:.2f} GB/s",
             f"Stopped: {self.finish_reason}",
@@ -362,7 +360,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--top_k", type=number(1), help="sample from the K most likely tokens (all)")
     add("--top_p", type=number(1e-6, 1, float), help="nucleus: the most likely tokens whose probabilities sum to P (1)")
     add("--min_p", type=number(0, 1, float), help="drop tokens less likely than P times the most likely (0)")
-    add("--draft_checkpoint_path", type=Path, help="speculative decoding with a small model of the same vocabulary")
+    add("--draft_checkpoint_path", type=Path, help="speculative decoding with a small model, or this one in 4 bits")
     add("--prompt_lookup", action="store_true", help="speculative decoding by n-grams of the text; also with a draft")
     add("--speculate_k", type=number(1, MAX_DECODE_ROWS - 1), default=15, help="most guesses in a pass (15)")
     add("--seed", type=number(0, 2**31 - 1), default=1234, help="the same seed gives the same text (1234)")

@@ -16,7 +16,7 @@ from sampling import SamplingParams
 NGRAM_LENGTHS = (16, 8, 5, 3, 2)
 GUESS_COUNTS = (1, 2, 3, 4, 7, 11, 15)  # that are tried: passes of 4, 8, 12 and 16 tokens fill blocks of rows
 EXPLORE_EVERY = 40  # passes until something other than the fastest is tried
-MIN_TRIALS = 3  # passes without guesses, and of each source, before one can lose: one may have been unlucky
+MIN_TRIALS = 3  # passes without guesses, and compared guesses of a source, before it can lose: one may be unlucky
 
 
 class PromptLookup:

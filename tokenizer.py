@@ -148,8 +148,7 @@ class Tokenizer:
         return cls({"model_proto": proto}, *others, legacy)
 
     def __post_init__(self) -> None:
-        self.is_sentencepiece = "model_proto" in self.model
-        self.bpe = SentencePiece(**self.model) if self.is_sentencepiece else ByteLevelBPE(**self.model)
+        self.bpe = SentencePiece(**self.model) if "model_proto" in self.model else ByteLevelBPE(**self.model)
         self.added_ids = {token: text for text, token in self.added_tokens.items()}
         self.vocab_size = max(len(self.bpe.vocab), max(self.added_ids, default=0) + 1)
         has_bos = self.add_bos_token and self.bos_token in self.added_tokens

@@ -23,7 +23,7 @@ import tp
 from benchmarks.memory import bandwidth
 from chat import Conversation
 from checkpoint import load_model, read_checkpoint
-from generate import Engine, generate
+from generate import MAX_DECODE_ROWS, Engine, generate
 from sampling import SamplingParams
 from speculation import PromptLookup, Speculation
 
@@ -90,7 +90,7 @@ def main() -> None:
     add("--temperature", type=float, nargs="+", default=[0.0, 0.8])
     add("--tokens", type=int, default=128)
     add("--rounds", type=int, default=5)
-    add("--speculate_k", type=int, default=15)
+    add("--speculate_k", type=utils.number_between(1, MAX_DECODE_ROWS - 1), default=MAX_DECODE_ROWS - 1)
     args = parser.parse_args()
     torch.set_num_threads(tp.num_threads())
     engine = load(args.checkpoint_path)

@@ -27,7 +27,7 @@ class Always(Speculation):
     """Four guesses in each pass, even if they do not pay."""
 
     def choose(self, max_k: int, sources: list[str]) -> tuple[str, int]:
-        return (sources[-1], min(max_k, 4)) if sources and max_k > 0 else ("none", 0)
+        return ([*sources][-1], min(max_k, 4)) if sources and max_k > 0 else ("none", 0)
 
 
 def all_gather(value: object) -> list:
@@ -54,7 +54,10 @@ def answers(path: Path, prompts: list[list[int]]) -> dict:
     found = {"greedy": ids_from(engine, greedy), "sampled": ids_from(engine, warm)}
     if path.name.endswith(("float.pth", "g64.pth")):
         draft = load(path.with_name(path.name.split("_")[0] + ".draft.pth"), is_draft=True)
+        copy = load(path)
+        copy.share_cache(engine)
         sources = {"draft": (draft, None), "lookup": (None, PromptLookup()), "both": (draft, PromptLookup())}
+        sources["copy"] = (copy, None)
         for name, (source, lookup) in sources.items():
             found[f"sampled {name}"] = ids_from(engine, warm, Always(source, 15, lookup))
             found[f"greedy {name}, as it pays"] = ids_from(engine, greedy, Speculation(source, 5, lookup))
