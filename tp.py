@@ -6,6 +6,7 @@ All ranks run the same program. Rank 0 reads the keyboard and prints; it sends t
 to the others.
 """
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -93,19 +94,19 @@ def num_threads() -> int:
     return max(1, int(min(len(physical), cgroup_cpus())) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def broadcast(tensor: Tensor) -> Tensor:
-    """Broadcast `tensor` from rank 0, in place."""
+def broadcast(tensor: Tensor, rank: int = 0) -> Tensor:
+    """Broadcast `tensor` from `rank`, in place."""
     if dist.is_initialized():
-        dist.broadcast(tensor, 0)
+        dist.broadcast(tensor, rank)
     return tensor
 
 
 def from_rank(compute: Callable, rank: int = 0) -> object:
-    """The result of `compute` on one rank, sent to all ranks."""
-    results = [compute() if rank == RANK else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(results, rank)
-    return results[0]
+    """The result of `compute` on one rank, sent to all ranks as JSON."""
+    data = json.dumps(compute()).encode() if rank == RANK else b""
+    size = int(broadcast(torch.tensor(len(data)), rank))
+    data = broadcast(torch.tensor(list(data.ljust(size)), dtype=torch.uint8), rank)
+    return json.loads(bytes(data.tolist()))
 
 
 def shard(name: str, tensor: Tensor, args: ModelArgs) -> Tensor:
