@@ -1,17 +1,18 @@
-// Products on any CPU, in float32 vectors as wide as it has them.
+// Products on any CPU, in vectors as wide as it has them.
 //
-// 32-bit lanes of weights are unpacked where they are: a mask or a shift and a conversion give one channel of each lane.
-// With lane i of 4 bits holding the channels 8i to 8i + 7, vector j of a block has the channels 8i + j, and the activations
-// are arranged in that order. A level is not shifted down: it is 16^j times too large, and its activation is prepared as
-// much smaller. Both are exact. A block's 8 products per lane are added from zero, so that blocks overlap in the pipeline
-// and the order of additions is the same for any number of rows.
+// Lanes of weights are unpacked where they are: a mask or a shift gives one channel of each lane, and the activations are
+// arranged in that order. Weights of 16 bits are multiplied as float32. Weights of 8 and 4 bits are multiplied as 16-bit
+// integers, two products and their sum in one instruction, because to convert each to float32 takes longer than to read
+// it. The 8 activations of a block that meet in a lane become integers, too, times one power of two: exactly if they are
+// within a factor of 128 of the largest of the 8; the others move by at most 2^-15 of it. A block's 8 products per lane are
+// added from zero, so that blocks overlap in the pipeline and the order of additions is the same for any number of rows.
 #pragma once
 #include "weight.h"
 
 static constexpr long BLOCK = 8 * LANES;      // channels; activations are padded with zeros to whole blocks
 static constexpr long PASS = 4;               // rows that one pass over the weights serves
-static constexpr long PREFETCH_BYTES = 4096;  // distance of a prefetch from the weight that is read
-static Buffer<float> activations;             // [rows][padded]
+static constexpr long PREFETCH_BYTES = 8192;  // distance of a prefetch from the weight that is read
+static Buffer<float> activations;             // [rows][padded]; of quantized weights, its blocks are shorter
 static Buffer<float> group_sums;              // for 4 bits [rows][groups]: a minimum is multiplied by nothing else
 
 static long padded_channels(const Weight &w) {
@@ -22,29 +23,65 @@ static long rows_per_pass(const Weight &) {
     return PASS;
 }
 
-// The channel, within its block, that `unpack` puts into lane i of vector j.
-static long channel_of(long bits, long i, long j) {
-    const long per_lane = 32 / bits;  // channels in a lane
-    return j / per_lane * per_lane * LANES + i * per_lane + j % per_lane;
+static inline Floats add_products(Floats sum, Floats a, Floats b) {
+    return sum + a * b;
+}
+
+// Each lane of the sum gets two products of 16-bit integers.
+static inline Ints add_products(Ints sum, Shorts a, Shorts b) {
+#if defined(__AVX512BW__)
+    return sum + (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return sum + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__) && !defined(__AVX__)
+    return sum + (Ints)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+    return sum + ((Ints)a << 16 >> 16) * ((Ints)b << 16 >> 16) + ((Ints)a >> 16) * ((Ints)b >> 16);
+#endif
+}
+
+// Vector j of a block of weights.
+template <int BITS> static inline auto unpack(const uint8_t *p, int j) {
+    if constexpr (BITS == 16) {
+        const Words pairs = load<Words>(p + j / 2 * sizeof pairs);
+        return (Floats)(j % 2 ? pairs & 0xFFFF0000 : pairs << 16);
+    } else if constexpr (BITS == 8) {
+        const Shorts pairs = load<Shorts>(p + j / 2 * sizeof pairs);
+        return j % 2 ? pairs >> 8 : pairs << 8 >> 8;
+    } else {
+        return (Shorts)(load<Words>(p) >> 4 * j & 0x000F000F);
+    }
+}
+
+// Vectors of weights in a block, and the floats of a row's activations that they meet: as many vectors, and for integers
+// the scales of the lanes.
+template <int BITS> static constexpr int VECTORS = BITS == 16 ? 8 : 4;
+template <int BITS> static constexpr long BLOCK_FLOATS = BITS == 16 ? 8 * LANES : 5 * LANES;
+
+// Lane i of a block: its 8 activations as integers, two in each of 4 vectors, and their scale.
+static void arrange_lane(const Weight &w, const bf16 *block, long i, int16_t *integers, float *scales) {
+    float values[8];
+    bf16 largest = 0;
+    for (long j = 0; j < 8; j++) {
+        const long vector = j / 2, word = 2 * i + j % 2;
+        const bf16 value = block[w.bits == 4 ? 4 * word + vector : vector / 2 * 4 * LANES + 2 * word + vector % 2];
+        values[j] = to_float(value);
+        largest = std::max<bf16>(largest, value & 0x7FFF);
+    }
+    const uint32_t exponent = std::max(largest >> 7, 15);  // biased by 127; 255 is infinite or NaN
+    scales[i] = exponent < 255 ? __builtin_bit_cast(float, (exponent - 14) << 23) : NAN;
+    const float factor = __builtin_bit_cast(float, (268 - exponent) << 23);  // brings the largest to 2^14 or more
+    for (long j = 0; j < 8; j++)  // adding 1.5 * 2^23 rounds to an integer in the lower bits
+        integers[j / 2 * 2 * LANES + 2 * i + j % 2] = __builtin_bit_cast(uint32_t, values[j] * factor + 12582912.0f);
 }
 
 // Bring a row of activations, padded with zeros, into the order in which `multiply` reads it.
 static void arrange(const Weight &w, const bf16 *row, long m) {
     float *to = &activations[m * padded_channels(w)];
-    for (long k = 0; k < padded_channels(w); k += BLOCK)
-        for (long j = 0; j < 8; j++) {
-            const float factor = w.bits == 4 && j < 7 ? 1.0f / (1 << 4 * j) : 1.0f;  // level 7 is shifted down
-            for (long i = 0; i < LANES; i++) *to++ = to_float(row[k + channel_of(w.bits, i, j)]) * factor;
-        }
-}
-
-// Vector j of a block of weights; of 8 bits, 2^24 times too large.
-template <int BITS> static inline Floats unpack(const uint8_t *p, int j) {
-    const Words words = load<Words>(p + j * BITS / 32 * sizeof(Words));
-    if constexpr (BITS == 16) return (Floats)(j % 2 ? words & 0xFFFF0000 : words << 16);
-    if constexpr (BITS == 8) return __builtin_convertvector((Ints)(words << (24 - 8 * (j % 4)) & 0xFF000000), Floats);
-    const Words level = j == 7 ? words >> 28 : words & (15u << 4 * j);
-    return __builtin_convertvector((Ints)level, Floats);
+    for (long k = 0; w.bits < 16 && k < padded_channels(w); k += BLOCK, to += BLOCK_FLOATS<8>)
+        for (long i = 0; i < LANES; i++) arrange_lane(w, row + k, i, (int16_t *)to, to + 4 * LANES);
+    for (long j = 0; w.bits == 16 && j < padded_channels(w) / LANES; j++)
+        for (long i = 0; i < LANES; i++) *to++ = to_float(row[j / 2 * 2 * LANES + 2 * i + j % 2]);
 }
 
 // The scale of each lane in a block, from the scales of its groups, which are 1, 2 or 4.
@@ -79,18 +116,24 @@ template <int BITS, int M, int R> struct Tile {
     // Add a block of each channel, whose weights and scales are at `p` and `s`, times the activations at `x`.
     void add(const uint8_t *const *p, const bf16 *const *s, const float *x, long stride, const LaneScales &scales)
         __attribute__((always_inline)) {
-        Floats d[R][M];
-        UNROLLED for (int j = 0; j < 8; j++) {
-            Floats q[R];
+        using Vector = decltype(unpack<BITS>(p[0], 0));
+        using Sum = std::conditional_t<BITS == 16, Floats, Ints>;
+        Sum d[R][M];
+        UNROLLED for (int j = 0; j < VECTORS<BITS>; j++) {
+            Vector q[R];
             UNROLLED for (int r = 0; r < R; r++) q[r] = unpack<BITS>(p[r], j);
             UNROLLED for (int m = 0; m < M; m++) {
-                const Floats a = load<Floats>(x + m * stride + j * LANES);
-                UNROLLED for (int r = 0; r < R; r++) d[r][m] = j == 0 ? q[r] * a : d[r][m] + q[r] * a;
+                const Vector a = load<Vector>(x + m * stride + j * LANES);
+                UNROLLED for (int r = 0; r < R; r++) d[r][m] = add_products(j == 0 ? Sum{} : d[r][m], q[r], a);
             }
         }
         UNROLLED for (int r = 0; r < R; r++) {
             const Floats scale = BITS == 4 ? scales.load_from(s[r]) : Floats{};
-            UNROLLED for (int m = 0; m < M; m++) sum[r][m] += BITS == 4 ? d[r][m] * scale : d[r][m];
+            UNROLLED for (int m = 0; m < M; m++) {
+                Floats product = __builtin_convertvector(d[r][m], Floats);
+                if (BITS < 16) product *= load<Floats>(x + m * stride + 4 * LANES);
+                sum[r][m] += BITS == 4 ? product * scale : product;
+            }
         }
     }
 
@@ -117,7 +160,7 @@ template <int BITS, int M, int R> struct Tile {
                 const float *sums = group_sums.data() + (first + m) * w.groups();
 #pragma omp simd reduction(+ : minima)
                 for (long g = 0; g < w.groups(); g++) minima += to_float(minimum[g]) * sums[g];
-                if (BITS == 8) total *= 0x1p-24f * w.row_scale(n + r);
+                if (BITS == 8) total *= w.row_scale(n + r);
                 w.write(first + m, n + r, total + minima);
             }
     }
@@ -139,7 +182,7 @@ template <int BITS, int M, int R> static void tile(const Weight &w, long first, 
     for (long group_end = w.groupsize; k + BLOCK <= w.in; k += BLOCK) {
         UNROLLED for (int r = 0; r < R; r++)
             for (long i = 0; i < BYTES; i += 64) __builtin_prefetch(p[r] + PREFETCH_BYTES + i, 0, 2);
-        tile.add(p, s, x + k, stride, scales);
+        tile.add(p, s, x + k / BLOCK * BLOCK_FLOATS<BITS>, stride, scales);
         const bool is_next = BITS == 4 && k + BLOCK >= group_end;  // the next block is in other groups
         if (is_next) group_end += std::max(w.groupsize, BLOCK);
         UNROLLED for (int r = 0; r < R; r++) {
@@ -147,7 +190,7 @@ template <int BITS, int M, int R> static void tile(const Weight &w, long first, 
             if (is_next) s[r] += scales.count;
         }
     }
-    if (k < w.in) tile.add_rest(w, n, k, x + k, stride, scales);
+    if (k < w.in) tile.add_rest(w, n, k, x + k / BLOCK * BLOCK_FLOATS<BITS>, stride, scales);
     tile.write(w, first, n);
 }
 
@@ -155,7 +198,7 @@ template <int BITS, int M, int R> static void tile(const Weight &w, long first, 
 template <int BITS, int M> static void channels(const Weight &w, long first, long count, long n, long end) {
     if constexpr (M > 1)
         if (count < M) return channels<BITS, M - 1>(w, first, count, n, end);
-    constexpr int R = M > 1 && LANES == 16 ? 4 : BITS == 8 && M == 1 ? 1 : 2;
+    constexpr int R = M > 1 && LANES == 16 ? 4 : BITS == 16 ? 2 : 1;
     for (; n + R <= end; n += R) tile<BITS, M, R>(w, first, n);
     for (; n < end; n++) tile<BITS, M, 1>(w, first, n);
 }

@@ -1,7 +1,5 @@
 // Products with the instruction vdpbf16ps of AVX512_BF16, which multiplies bfloat16 and adds in float32.
 #pragma once
-#include <immintrin.h>
-
 #include "weight.h"
 
 static constexpr long BLOCK = 128;            // activations are padded with zeros to whole blocks of channels

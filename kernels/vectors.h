@@ -7,6 +7,10 @@
 #include <cstring>
 #include <vector>
 
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
 using bf16 = uint16_t;
 #define UNROLLED _Pragma("GCC unroll 16")  // so that the elements of an array stay in registers
 #if defined(__AVX512F__)
@@ -19,6 +23,7 @@ static constexpr long LANES = 4;
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef int16_t Shorts __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
 static inline float to_float(bf16 x) {

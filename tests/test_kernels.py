@@ -92,6 +92,33 @@ def test_products_with_extreme_scales(library, factor: float) -> None:
             assert product_error(normal(rows, 512).bfloat16(), weight) < 1
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_an_activation_is_multiplied_as_it_is_unless_another_is_128_times_larger(library, bits: int) -> None:
+    """Products with the identity are the activations that the kernel multiplies. Magnitudes are those of bfloat16."""
+    identity = torch.eye(256, dtype=torch.uint8)
+    weight = [identity.to(torch.int8), torch.ones(256), None]
+    if bits == 4:
+        scale = torch.ones(256, 8).bfloat16()
+        weight = [identity[:, 0::2] | identity[:, 1::2] << 4, scale, torch.zeros_like(scale)]
+    for factor in (1e-30, 1.0, 1e30):
+        x = normal(5, 256).sign() * normal(5, 256, seed=1).abs().clamp(0.03, 3.8) * factor
+        x = x.bfloat16()
+        assert torch.equal(linear(x[None], *weight)[0], x)
+        x = (x.float() * 10.0 ** -normal(5, 256, seed=2).abs()).bfloat16()
+        largest = x.float().abs().view(5, 2, 128).amax(-1, keepdim=True).expand(5, 2, 128).flatten(1)  # of a block
+        error = (linear(x[None], *weight)[0].float() - x.float()).abs()
+        assert (error <= largest * 2**-15 + x.float().abs() * 2**-8).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_product_with_an_activation_that_is_not_finite_is_not_finite(library, value: float) -> None:
+    for scheme in SCHEMES:
+        x = normal(1, 3, 256).bfloat16()
+        x[0, 1, 77] = value
+        finite = linear(x, *stored(normal(37, 256), *scheme))[0].isfinite()
+        assert finite[[0, 2]].all() and not finite[1].any(), scheme
+
+
 def test_weights_mapped_from_a_file_give_the_same_product(library, demo, tmp_path: Path) -> None:
     for scheme in ({"mode": "int8"}, {"mode": "int4", "groupsize": 64}):
         path = tmp_path / "model.pth"
