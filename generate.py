@@ -281,7 +281,7 @@ class Session:
         weights = sum(tensor.nbytes for tensor in model.state_dict().values()) / 1e9
         positions = engine.kv_cache[0].shape[3]
         size = sum(layer.nbytes for layer in engine.kv_cache) // positions
-        cache = "shared" if len(engine.cache_users) > 1 else f"{positions} positions of {size} bytes"
+        cache = "shared, and so are the embeddings" if len(engine.cache_users) > 1 else f"{positions} positions of {size} bytes"
         print(f"Memory: {weights:.3f} GB of weights, KV cache: {cache}", file=sys.stderr)
         # A CPU replays its steps instead. A compiled step runs one row as two, which costs too much in 4 bits.
         bits, _ = bits_and_groupsize("wo", checkpoint.header["quantization"])
@@ -303,7 +303,7 @@ class Session:
         if self.speculation:
             self.speculation.start()
         start = time.perf_counter()
-        finish_reason = "interrupted"
+        self.finish_reason = "interrupted"
         tokens = generate(self.engine, prompt, self.max_new_tokens, self.eos_ids, self.params, self.speculation)
         with suppress(KeyboardInterrupt) if interruptible else nullcontext(), closing(tokens):
             for token in tokens:
@@ -313,11 +313,10 @@ class Session:
                 if streamer.stop:
                     break
             limit = min(self.max_new_tokens, self.max_seq_length + 1 - len(prompt))
-            finish_reason = f"limit of {limit} tokens" if len(ids) == limit else "end of sequence"
+            self.finish_reason = f"limit of {limit} tokens" if len(ids) == limit else "end of sequence"
             if streamer.stop:
-                finish_reason = f"stop text {streamer.stop!r}"
+                self.finish_reason = f"stop text {streamer.stop!r}"
         streamer.end("\n" if args.interactive or sys.stdout.isatty() else "")
-        self.finish_reason = finish_reason
         self.statistics = self.describe(len(prompt), len(ids), times or [time.perf_counter() - start])
         return self.tokenizer.decode(ids, streamer.printed)
 

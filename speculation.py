@@ -16,6 +16,7 @@ from sampling import SamplingParams
 NGRAM_LENGTHS = (16, 8, 5, 3, 2)
 GUESS_COUNTS = (1, 2, 3, 4, 7, 11, 15)  # that are tried: passes of 4, 8, 12 and 16 tokens fill blocks of rows
 EXPLORE_EVERY = 40  # passes until something other than the fastest is tried
+MAX_LOSS = 0.03  # speculation may be slower than plain decoding by this share of its time
 MIN_TRIALS = 3  # passes without guesses, and compared guesses of a source, before it can lose: one may be unlucky
 
 
@@ -62,10 +63,9 @@ class MovingAverage:
 
     def add(self, value: float, now: int) -> None:
         """Add the value of pass `now`."""
-        decay = self.DECAY ** (now - self.last_pass)
         self.count += 1
+        self.weight = self.DECAY ** (now - self.last_pass) * self.weight + 1
         self.last_pass = now
-        self.weight = decay * self.weight + 1
         self.value += (value - self.value) / self.weight
 
     def add_seconds(self, seconds: float, now: int) -> None:
@@ -88,9 +88,10 @@ class Speculation:
         # By source: the probability that a guess is accepted, if the guesses before it were.
         self.acceptance = defaultdict(MovingAverage)
         self.pass_seconds = [MovingAverage() for _ in range(speculate_k + 1)]  # index: number of guesses
-        self.draft_seconds = MovingAverage()  # time of one guess of the draft
+        self.guess_seconds = defaultdict(MovingAverage)  # by source: the time of one guess; none for lookup
         self.last_used: dict[tuple[str, int], int] = defaultdict(int)  # (source, k): number of the pass
         self.passes = 0
+        self.lost = 0.0  # the time that speculation has taken beyond what it may, in passes without guesses
         self.start()
 
     def start(self) -> None:
@@ -105,13 +106,12 @@ class Speculation:
         measured is taken to cost as much as the one before it, so that it is tried.
         """
         acceptance = self.acceptance[source].value
-        guess_seconds = self.draft_seconds.value if source == "draft" else 0.0
         seconds = self.pass_seconds[0].value
         for k in counts:
             is_measured = self.pass_seconds[k].count > 1  # not by the first pass, in which the step was captured
             seconds = self.pass_seconds[k].value if is_measured else seconds
             tokens = sum(acceptance**i for i in range(k + 1))
-            yield tokens / (seconds + k * guess_seconds), source, k
+            yield tokens / (seconds + k * self.guess_seconds[source].value), source, k
             if not is_measured:
                 return
 
@@ -119,26 +119,25 @@ class Speculation:
         """The source, one of `sources` or "none", and the number of its guesses to verify now, at most max_k.
 
         First measure passes without guesses, then each source, with at most the number of guesses in `sources`. Now and
-        then explore: of the other sources, and of the numbers beside the best one, what was not used for the longest
-        time.
+        then explore: of the other sources, and of the numbers from half to twice the best one, what was not used for
+        the longest time. While speculation has lost more than it may, no other source is measured.
         """
         plain = self.pass_seconds[0]
         counts = [k for k in self.guess_counts if k <= max_k]
-        if plain.count <= MIN_TRIALS or not counts or not sources:
+        if plain.count <= MIN_TRIALS or not counts:
             return "none", 0
-        rates = []
+        rates = [(1 / plain.value, "none", 0)]
         for source, trial_k in sources.items():
-            if self.acceptance[source].count < MIN_TRIALS:
+            if self.acceptance[source].count >= MIN_TRIALS:
+                rates += self.expected_rates(source, counts)
+            elif self.lost <= 0:
                 return source, max(k for k in counts if k <= trial_k)
-            rates += self.expected_rates(source, counts)
-        rate, source, k = max(rates)
-        best = (source, k) if rate > 1 / plain.value else ("none", 0)
+        _, source, k = max(rates)
         if self.passes % EXPLORE_EVERY > 0:
-            return best
-        i = counts.index(k)
+            return source, k
         others = [("none", 0), *((each, 1) for each in sources if each != source)]
-        neighbors = [(source, n) for n in counts[max(i - 1, 0) : i + 2]]
-        return min(others + neighbors, key=self.last_used.__getitem__)
+        others += [(source, n) for n in counts if k // 2 <= n <= 2 * k]
+        return min(others, key=self.last_used.__getitem__)
 
     def update(self, source: str, k: int, accepted: int, pass_seconds: float) -> None:
         """Add a pass with `k` guesses to the averages."""
@@ -150,6 +149,9 @@ class Speculation:
         for i in range(min(accepted + 1, k)):
             self.acceptance[source].add(float(i < accepted), self.passes)
         self.pass_seconds[k].add_seconds(pass_seconds, self.passes)
+        seconds = self.pass_seconds[k].value + k * self.guess_seconds[source].value
+        # The first pass with k guesses is captured, which takes longer; so the time that counts has a limit.
+        self.lost += min(seconds / self.pass_seconds[0].value, 2 * k + 1) - (1 + MAX_LOSS) * (accepted + 1)
 
     def ask_draft(self, ids: list[int], k: int, params: SamplingParams) -> list[int]:
         """Up to `k` guesses of the draft. After an error it is not asked again."""
@@ -161,7 +163,7 @@ class Speculation:
                 self.draft.prefill(ids, params)  # the draft catches up before the clock starts
             start = time.perf_counter()
             guesses = self.draft.draft(ids, k, params)
-            self.draft_seconds.add_seconds((time.perf_counter() - start) / len(guesses), self.passes)
+            self.guess_seconds["draft"].add_seconds((time.perf_counter() - start) / len(guesses), self.passes)
             return guesses
         except ValueError as error:
             print(f"going on without the draft {self.draft.checkpoint.path}: {error}", file=sys.stderr)

@@ -90,12 +90,13 @@ def main() -> None:
     add("--temperature", type=float, nargs="+", default=[0.0, 0.8])
     add("--tokens", type=int, default=128)
     add("--rounds", type=int, default=5)
+    add("--own_cache", action="store_true", help="a draft that is a copy has a KV cache of its own, and so a prefill")
     add("--speculate_k", type=utils.number_between(1, MAX_DECODE_ROWS - 1), default=MAX_DECODE_ROWS - 1)
     args = parser.parse_args()
     torch.set_num_threads(tp.num_threads())
     engine = load(args.checkpoint_path)
     draft = load(args.draft_checkpoint_path) if args.draft_checkpoint_path else None
-    if draft:
+    if draft and not args.own_cache:
         draft.share_cache(engine)
     tokenizer = engine.checkpoint.tokenizer
     conversation = Conversation(tokenizer, engine.max_seq_length, "", tokenizer.chat_template is not None)

@@ -59,6 +59,7 @@ class Steady(Recorded):
 
     def __init__(self, draft: Engine | None, k: int, lookup: PromptLookup | None = None) -> None:
         super().__init__(draft, 15, lookup)
+        self.pass_seconds[0].add(1.0, 0)  # as if a pass without guesses had come first
         self.turns = itertools.count()
         self.k = k
 
@@ -321,30 +322,30 @@ def trials(sources: Iterable[str]) -> dict[str, int]:
 
 
 def seconds_per_token(
-    acceptance: Callable, costs: list[float], guess_cost: float, tokens: int = 4000, k: int | None = None
+    acceptance: Callable, costs: list[float], guess_cost: float, tokens: int = 4000, k: int | None = None, seed: int = 1
 ) -> float:
     """Simulated with a noise of 5 %: with the controller, or with `k` guesses of the draft in each pass.
 
     `acceptance` (number of tokens) -> the probability that a guess is accepted if those before were, by source; sources
     that propose nothing there are left out.
     """
-    draw, speculation, spent, made = random.Random(1), Speculation(None, 15), 0.0, 0
+    draw, speculation, spent, made = random.Random(seed), Speculation(None, 15), 0.0, 0
     while made < tokens:
         probabilities = acceptance(made)
         if k is None:
-            source, tried = speculation.choose(15, trials(probabilities))
+            source, tried = speculation.choose(min(15, tokens - made - 1), trials(probabilities))
         else:
             source, tried = "draft" if k else "none", k
         accepted = 0
         while accepted < tried and draw.random() < probabilities[source]:
             accepted += 1
         pass_seconds = costs[tried] * draw.gauss(1, 0.05)
-        draft_seconds = tried * guess_cost * draw.gauss(1, 0.05) if source == "draft" else 0.0
+        guess_seconds = tried * guess_cost * draw.gauss(1, 0.05) if source == "draft" else 0.0
         if k is None:
             speculation.update(source, tried, accepted, pass_seconds)
         if k is None and source == "draft":
-            speculation.draft_seconds.add_seconds(draft_seconds / tried, speculation.passes)
-        spent += pass_seconds + draft_seconds
+            speculation.guess_seconds["draft"].add_seconds(guess_seconds / tried, speculation.passes)
+        spent += pass_seconds + guess_seconds
         made += accepted + 1
     return spent / made
 
@@ -357,18 +358,18 @@ def best_fixed(acceptance: float, costs: list[float], guess_cost: float) -> floa
 @pytest.mark.parametrize("guess_cost", [0.002, 0.05, 0.2])
 @pytest.mark.parametrize("curve", COSTS)
 def test_within_3_percent_of_the_best_fixed_number(curve: str, guess_cost: float) -> None:
-    """On average over acceptances from 0 to 1; and never more than 3.5 % slower than no guesses at all."""
+    """On average over acceptances from 0 to 1; and never more than 3 % slower than no guesses at all."""
     ratios = []
     for p in (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0):
         seconds = seconds_per_token(lambda made, p=p: {"draft": p}, COSTS[curve], guess_cost)
-        assert seconds <= 1.035
+        assert seconds <= 1.03
         ratios.append(seconds / best_fixed(p, COSTS[curve], guess_cost))
     assert sum(ratios) / len(ratios) <= 1.03
 
 
 def test_a_useless_draft_is_hardly_used_and_used_again_when_it_helps() -> None:
     """Off while the best number is 0, on again when acceptance returns."""
-    assert seconds_per_token(lambda made: {"draft": 0.0}, COSTS["sloped"], 0.2) <= 1.035
+    assert seconds_per_token(lambda made: {"draft": 0.0}, COSTS["sloped"], 0.2) <= 1.02
     costs = COSTS["sloped"]
     returns = seconds_per_token(lambda made: {"draft": 0.9 * (made >= 4000)}, costs, 0.05, tokens=8000)
     useless = seconds_per_token(lambda made: {"draft": 0.0}, costs, 0.05)
@@ -396,6 +397,19 @@ def test_two_sources_are_hardly_slower_than_the_better_one_alone(text: str, draf
         assert both < 0.97 * min(alone)
 
 
+@pytest.mark.parametrize("draft", [0.0, 0.3, 0.6])
+@pytest.mark.parametrize("curve", ["sloped", "steep", "int4"])
+def test_short_answers_pay_little_to_learn(curve: str, draft: float) -> None:
+    """Those of 60 tokens, by a new controller: on average over 40 of them, at most 6 % of plain decoding."""
+    for text in ("free", "misleading"):
+        found = TEXTS[text]
+        answers = [
+            seconds_per_token(lambda made: {"draft": draft} | found(made), COSTS[curve], 0.5, tokens=60, seed=seed)
+            for seed in range(40)
+        ]
+        assert sum(answers) / len(answers) <= 1.06
+
+
 def test_a_pause_of_the_machine_does_not_mislead_for_long() -> None:
     """A minute's sleep in a pass of a second: the best number is used again soon."""
     for probabilities, best in (({"draft": 0.0}, 0), ({"lookup 5": 1.0}, 15)):
@@ -405,7 +419,7 @@ def test_a_pause_of_the_machine_does_not_mislead_for_long() -> None:
             accepted = k if probabilities.get(source) else 0
             pause = 60.0 if i == 200 else 0.0
             if source == "draft":
-                speculation.draft_seconds.add_seconds(0.1, speculation.passes)
+                speculation.guess_seconds["draft"].add_seconds(0.1, speculation.passes)
             speculation.update(source, k, accepted, COSTS["sloped"][k] + pause)
             counts.append(k)
         assert sum(k == best for k in counts[300:]) > 270
@@ -418,7 +432,7 @@ def test_one_slow_pass_at_the_start_does_not_mislead() -> None:
         source, k = speculation.choose(15, {"draft": 1})
         used += source == "draft"
         if source == "draft":
-            speculation.draft_seconds.add_seconds(1.0, speculation.passes)
+            speculation.guess_seconds["draft"].add_seconds(1.0, speculation.passes)
         speculation.update(source, k, k, (1.4 if i == 1 else 1.0) + 0.5 * k)
     assert used < 10
 
@@ -484,7 +498,8 @@ def seconds_of_answer(prompt: list[int], answer: list[int], costs: list[float], 
         rest = answer[len(answer) - left :]
         accepted = next((i for i, guess in enumerate(guesses) if guess != rest[i]), tried)
         seconds = costs[tried] * draw.gauss(1, 0.05)
-        speculation.update(source, tried, accepted, seconds)
+        if k is None:
+            speculation.update(source, tried, accepted, seconds)
         spent += seconds
         ids += rest[: accepted + 1]
     return spent / len(answer)
@@ -598,7 +613,7 @@ def test_added_tokens_of_a_draft_may_have_other_names(demo, tmp_path: Path) -> N
         fields["added_tokens"][f"<|reserved_{number}|>"] = token
     fields["special_tokens"] = list(fields["added_tokens"])
     torch.save(content, tmp_path / "draft.pth")
-    flags = ["--checkpoint_path", demo["target"], "--precision", "float32", "--max_new_tokens", 30, "--ignore_eos"]
+    flags = ["--checkpoint_path", demo["target"], "--precision", "float32", "--max_new_tokens", 100, "--ignore_eos"]
     done = run_cli("generate.py", *flags, "--draft_checkpoint_path", tmp_path / "draft.pth")
     assert done.stdout == run_cli("generate.py", *flags).stdout
     assert int(re.search(r"(\d+) accepted", done.stderr)[1]) > 0
