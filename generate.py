@@ -281,7 +281,7 @@ class Session:
         weights = sum(tensor.nbytes for tensor in model.state_dict().values()) / 1e9
         positions = engine.kv_cache[0].shape[3]
         size = sum(layer.nbytes for layer in engine.kv_cache) // positions
-        cache = "shared, and so are the embeddings" if len(engine.cache_users) > 1 else f"{positions} positions of {size} bytes"
+        cache = "shared, embeddings too" if len(engine.cache_users) > 1 else f"{positions} positions of {size} bytes"
         print(f"Memory: {weights:.3f} GB of weights, KV cache: {cache}", file=sys.stderr)
         # A CPU replays its steps instead. A compiled step runs one row as two, which costs too much in 4 bits.
         bits, _ = bits_and_groupsize("wo", checkpoint.header["quantization"])
