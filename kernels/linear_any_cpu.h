@@ -1,9 +1,9 @@
 // Products on any CPU, in vectors as wide as it has them.
 //
 // Lanes of weights are unpacked where they are: a mask or a shift gives one channel of each lane, and the activations are
-// arranged in that order. Weights of 16 bits are multiplied as float32. Weights of 8 and 4 bits are multiplied as 16-bit
+// arranged in that order. Weights of 16 and 8 bits are multiplied as float32. Levels of 4 bits are multiplied as 16-bit
 // integers, two products and their sum in one instruction, because to convert each to float32 takes longer than to read
-// it. The 8 activations of a block that meet in a lane become integers, too, times one power of two: exactly if they are
+// it. The 8 neighbouring activations that meet in a lane become integers, too, times one power of two: exactly if they are
 // within a factor of 128 of the largest of the 8; the others move by at most 2^-15 of it. A block's 8 products per lane are
 // added from zero, so that blocks overlap in the pipeline and the order of additions is the same for any number of rows.
 #pragma once
@@ -12,7 +12,7 @@
 static constexpr long BLOCK = 8 * LANES;      // channels; activations are padded with zeros to whole blocks
 static constexpr long PASS = 4;               // rows that one pass over the weights serves
 static constexpr long PREFETCH_BYTES = 8192;  // distance of a prefetch from the weight that is read
-static Buffer<float> activations;             // [rows][padded]; of quantized weights, its blocks are shorter
+static Buffer<float> activations;             // [rows][padded]; for 4 bits, its blocks are shorter
 static Buffer<float> group_sums;              // for 4 bits [rows][groups]: a minimum is multiplied by nothing else
 
 static long padded_channels(const Weight &w) {
@@ -21,10 +21,6 @@ static long padded_channels(const Weight &w) {
 
 static long rows_per_pass(const Weight &) {
     return PASS;
-}
-
-static inline Floats add_products(Floats sum, Floats a, Floats b) {
-    return sum + a * b;
 }
 
 // Each lane of the sum gets two products of 16-bit integers.
@@ -40,48 +36,43 @@ static inline Ints add_products(Ints sum, Shorts a, Shorts b) {
 #endif
 }
 
-// Vector j of a block of weights.
+// Vector j of a block of weights; of 8 bits, 2^24 times too large.
 template <int BITS> static inline auto unpack(const uint8_t *p, int j) {
-    if constexpr (BITS == 16) {
-        const Words pairs = load<Words>(p + j / 2 * sizeof pairs);
-        return (Floats)(j % 2 ? pairs & 0xFFFF0000 : pairs << 16);
-    } else if constexpr (BITS == 8) {
-        const Shorts pairs = load<Shorts>(p + j / 2 * sizeof pairs);
-        return j % 2 ? pairs >> 8 : pairs << 8 >> 8;
-    } else {
-        return (Shorts)(load<Words>(p) >> 4 * j & 0x000F000F);
-    }
+    if constexpr (BITS == 4) return (Shorts)(load<Words>(p) >> 4 * j & 0x000F000F);
+    const Words words = load<Words>(p + j * BITS / 32 * sizeof(Words));
+    if constexpr (BITS == 16) return (Floats)(j % 2 ? words & 0xFFFF0000 : words << 16);
+    if constexpr (BITS == 8) return __builtin_convertvector((Ints)(words << (24 - 8 * (j % 4)) & 0xFF000000), Floats);
 }
 
 // Vectors of weights in a block, and the floats of a row's activations that they meet: as many vectors, and for integers
 // the scales of the lanes.
-template <int BITS> static constexpr int VECTORS = BITS == 16 ? 8 : 4;
-template <int BITS> static constexpr long BLOCK_FLOATS = BITS == 16 ? 8 * LANES : 5 * LANES;
+template <int BITS> static constexpr int VECTORS = BITS == 4 ? 4 : 8;
+template <int BITS> static constexpr long BLOCK_FLOATS = BITS == 4 ? 5 * LANES : 8 * LANES;
 
-// Lane i of a block: its 8 activations as integers, two in each of 4 vectors, and their scale.
-static void arrange_lane(const Weight &w, const bf16 *block, long i, int16_t *integers, float *scales) {
-    float values[8];
+// Lane i of a block for 4 bits: its 8 activations as integers, two in each of 4 vectors, and their scale.
+static void arrange_lane(const bf16 *values, long i, int16_t *integers, float *scales) {
     bf16 largest = 0;
-    for (long j = 0; j < 8; j++) {
-        const long vector = j / 2, word = 2 * i + j % 2;
-        const bf16 value = block[w.bits == 4 ? 4 * word + vector : vector / 2 * 4 * LANES + 2 * word + vector % 2];
-        values[j] = to_float(value);
-        largest = std::max<bf16>(largest, value & 0x7FFF);
-    }
+    for (long j = 0; j < 8; j++) largest = std::max<bf16>(largest, values[j] & 0x7FFF);
     const uint32_t exponent = std::max(largest >> 7, 15);  // biased by 127; 255 is infinite or NaN
     scales[i] = exponent < 255 ? __builtin_bit_cast(float, (exponent - 14) << 23) : NAN;
     const float factor = __builtin_bit_cast(float, (268 - exponent) << 23);  // brings the largest to 2^14 or more
-    for (long j = 0; j < 8; j++)  // adding 1.5 * 2^23 rounds to an integer in the lower bits
-        integers[j / 2 * 2 * LANES + 2 * i + j % 2] = __builtin_bit_cast(uint32_t, values[j] * factor + 12582912.0f);
+    for (long j = 0; j < 8; j++) {
+        const float rounded = to_float(values[j]) * factor + 12582912.0f;  // 1.5 * 2^23: an integer in the lower bits
+        integers[j % 4 * 2 * LANES + 2 * i + j / 4] = __builtin_bit_cast(uint32_t, rounded);
+    }
 }
 
 // Bring a row of activations, padded with zeros, into the order in which `multiply` reads it.
 static void arrange(const Weight &w, const bf16 *row, long m) {
     float *to = &activations[m * padded_channels(w)];
-    for (long k = 0; w.bits < 16 && k < padded_channels(w); k += BLOCK, to += BLOCK_FLOATS<8>)
-        for (long i = 0; i < LANES; i++) arrange_lane(w, row + k, i, (int16_t *)to, to + 4 * LANES);
-    for (long j = 0; w.bits == 16 && j < padded_channels(w) / LANES; j++)
-        for (long i = 0; i < LANES; i++) *to++ = to_float(row[j / 2 * 2 * LANES + 2 * i + j % 2]);
+    const long per_lane = 32 / w.bits;  // channels in a lane
+    for (long k = 0; k < padded_channels(w); k += BLOCK) {
+        for (long i = 0; w.bits == 4 && i < LANES; i++) arrange_lane(row + k + 8 * i, i, (int16_t *)to, to + 4 * LANES);
+        for (long j = 0; w.bits > 4 && j < 8; j++)
+            for (long i = 0; i < LANES; i++)
+                to[j * LANES + i] = to_float(row[k + j / per_lane * per_lane * LANES + i * per_lane + j % per_lane]);
+        to += w.bits == 4 ? BLOCK_FLOATS<4> : BLOCK;
+    }
 }
 
 // The scale of each lane in a block, from the scales of its groups, which are 1, 2 or 4.
@@ -117,22 +108,24 @@ template <int BITS, int M, int R> struct Tile {
     void add(const uint8_t *const *p, const bf16 *const *s, const float *x, long stride, const LaneScales &scales)
         __attribute__((always_inline)) {
         using Vector = decltype(unpack<BITS>(p[0], 0));
-        using Sum = std::conditional_t<BITS == 16, Floats, Ints>;
-        Sum d[R][M];
+        std::conditional_t<BITS == 4, Ints, Floats> d[R][M];
         UNROLLED for (int j = 0; j < VECTORS<BITS>; j++) {
             Vector q[R];
             UNROLLED for (int r = 0; r < R; r++) q[r] = unpack<BITS>(p[r], j);
             UNROLLED for (int m = 0; m < M; m++) {
                 const Vector a = load<Vector>(x + m * stride + j * LANES);
-                UNROLLED for (int r = 0; r < R; r++) d[r][m] = add_products(j == 0 ? Sum{} : d[r][m], q[r], a);
+                UNROLLED for (int r = 0; r < R; r++) {
+                    if constexpr (BITS == 4) d[r][m] = add_products(j == 0 ? Ints{} : d[r][m], q[r], a);
+                    if constexpr (BITS > 4) d[r][m] = j == 0 ? q[r] * a : d[r][m] + q[r] * a;
+                }
             }
         }
         UNROLLED for (int r = 0; r < R; r++) {
             const Floats scale = BITS == 4 ? scales.load_from(s[r]) : Floats{};
             UNROLLED for (int m = 0; m < M; m++) {
-                Floats product = __builtin_convertvector(d[r][m], Floats);
-                if (BITS < 16) product *= load<Floats>(x + m * stride + 4 * LANES);
-                sum[r][m] += BITS == 4 ? product * scale : product;
+                const Floats x_scale = load<Floats>(x + m * stride + 4 * LANES);
+                if constexpr (BITS == 4) sum[r][m] += __builtin_convertvector(d[r][m], Floats) * x_scale * scale;
+                if constexpr (BITS > 4) sum[r][m] += d[r][m];
             }
         }
     }
@@ -160,7 +153,7 @@ template <int BITS, int M, int R> struct Tile {
                 const float *sums = group_sums.data() + (first + m) * w.groups();
 #pragma omp simd reduction(+ : minima)
                 for (long g = 0; g < w.groups(); g++) minima += to_float(minimum[g]) * sums[g];
-                if (BITS == 8) total *= w.row_scale(n + r);
+                if (BITS == 8) total *= 0x1p-24f * w.row_scale(n + r);
                 w.write(first + m, n + r, total + minima);
             }
     }
@@ -178,11 +171,12 @@ template <int BITS, int M, int R> static void tile(const Weight &w, long first, 
         s[r] = BITS == 4 ? w.group_scales(n + r) : nullptr;
     }
     Tile<BITS, M, R> tile;
-    long k = 0;
+    long k = 0, at = 0;  // the channel, and its block of activations
     for (long group_end = w.groupsize; k + BLOCK <= w.in; k += BLOCK) {
         UNROLLED for (int r = 0; r < R; r++)
             for (long i = 0; i < BYTES; i += 64) __builtin_prefetch(p[r] + PREFETCH_BYTES + i, 0, 2);
-        tile.add(p, s, x + k / BLOCK * BLOCK_FLOATS<BITS>, stride, scales);
+        tile.add(p, s, x + at, stride, scales);
+        at += BLOCK_FLOATS<BITS>;
         const bool is_next = BITS == 4 && k + BLOCK >= group_end;  // the next block is in other groups
         if (is_next) group_end += std::max(w.groupsize, BLOCK);
         UNROLLED for (int r = 0; r < R; r++) {
@@ -190,7 +184,7 @@ template <int BITS, int M, int R> static void tile(const Weight &w, long first, 
             if (is_next) s[r] += scales.count;
         }
     }
-    if (k < w.in) tile.add_rest(w, n, k, x + k / BLOCK * BLOCK_FLOATS<BITS>, stride, scales);
+    if (k < w.in) tile.add_rest(w, n, k, x + at, stride, scales);
     tile.write(w, first, n);
 }
 
@@ -198,7 +192,7 @@ template <int BITS, int M, int R> static void tile(const Weight &w, long first, 
 template <int BITS, int M> static void channels(const Weight &w, long first, long count, long n, long end) {
     if constexpr (M > 1)
         if (count < M) return channels<BITS, M - 1>(w, first, count, n, end);
-    constexpr int R = M > 1 && LANES == 16 ? 4 : BITS == 16 ? 2 : 1;
+    constexpr int R = M > 1 && LANES == 16 ? 4 : BITS == 16 || (BITS == 8 && M > 1) ? 2 : 1;
     for (; n + R <= end; n += R) tile<BITS, M, R>(w, first, n);
     for (; n < end; n++) tile<BITS, M, 1>(w, first, n);
 }

@@ -40,7 +40,7 @@ BEGINNINGS = {
     "it",
 }
 # Counts that were reached. The promise is 999 lines that generate text; each of them may only fall.
-MOST = {"generate": 1121, "generate_prefill": 106, "quantize": 214, "scripts": 462, "kernels": 624, "cpp": 818}
+MOST = {"generate": 1121, "generate_prefill": 106, "quantize": 214, "scripts": 462, "kernels": 624, "cpp": 813}
 MAY_IMPORT = {  # a module that is not named here imports nothing of ours
     "generate_prefill": {"generate", "scripts", "tp", "utils"},
     "generate": {*("chat", "checkpoint", "kernels", "model", "sampling", "speculation", "tokenizer", "tp", "utils")},

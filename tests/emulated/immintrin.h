@@ -1,4 +1,4 @@
-// The intrinsics of AVX512_BF16 that linear_avx512_bf16.h uses, in GCC's vector types, so that check_kernels.cpp can be
+// The intrinsics of AVX512 and AVX512_BF16 that products use, in GCC's vector types, so that check_kernels.cpp can be
 // compiled and run on a CPU without them. Semantics: Intel's Intrinsics Guide.
 #pragma once
 #include <cmath>
@@ -53,6 +53,12 @@ static inline __m512i _mm512_maskz_permutexvar_epi16(uint32_t mask, __m512i inde
     return (__m512i)result;
 }
 #define _mm512_permutexvar_epi16(index, words) _mm512_maskz_permutexvar_epi16(~0u, index, words)
+
+static inline __m512i _mm512_madd_epi16(__m512i a, __m512i b) {
+    __v16si result = {};
+    for (int i = 0; i < 32; i++) result[i / 2] += ((__m512bh)a)[i] * ((__m512bh)b)[i];
+    return (__m512i)result;
+}
 
 // `low` becomes the first 16 words; to the nearest, ties to even.
 static inline __m512bh _mm512_cvtne2ps_pbh(__m512 high, __m512 low) {
