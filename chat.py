@@ -59,9 +59,8 @@ class Conversation:
 
 def read_line() -> str | None:
     """The next line of standard input, stripped; None at its end."""
-    prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     with suppress(EOFError):
-        return input(prompt).strip()
+        return input("> " if sys.stdin.isatty() and sys.stdout.isatty() else "").strip()
 
 
 def chat(session) -> None:

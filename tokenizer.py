@@ -205,8 +205,8 @@ class Tokenizer:
     def decode(self, ids: list[int], max_characters: int) -> str:
         """The text of an answer up to some character, escaped, so that only its added tokens encode to tokens."""
         text = ""
-        printed = filter(self.token_bytes, ids)  # special tokens are not
-        for is_added, run in groupby(printed, self.added_ids.__contains__):
+        # Special tokens have no bytes, and are not printed.
+        for is_added, run in groupby(filter(self.token_bytes, ids), self.added_ids.__contains__):
             part = b"".join(map(self.token_bytes, run)).decode("utf-8", "replace each byte")[:max_characters]
             max_characters -= len(part)
             text += part if is_added else self.escape(part)
