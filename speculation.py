@@ -151,7 +151,7 @@ class Speculation:
         self.pass_seconds[k].add_seconds(pass_seconds, self.passes)
         seconds = self.pass_seconds[k].value + k * self.guess_seconds[source].value
         # The first pass with k guesses is captured, which takes longer; so the time that counts has a limit.
-        self.lost += min(seconds / self.pass_seconds[0].value, 2 * k + 1) - (1 + MAX_LOSS) * (accepted + 1)
+        self.lost += min(seconds / (self.pass_seconds[0].value or seconds), 2 * k + 1) - (1 + MAX_LOSS) * (accepted + 1)
 
     def ask_draft(self, ids: list[int], k: int, params: SamplingParams) -> list[int]:
         """Up to `k` guesses of the draft. After an error it is not asked again."""
