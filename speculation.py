@@ -105,12 +105,11 @@ class Speculation:
         https://arxiv.org/abs/2211.17192, equation 1. A pass takes as long as measured; the first number that was not
         measured is taken to cost as much as the one before it, so that it is tried.
         """
-        acceptance = self.acceptance[source].value
         seconds = self.pass_seconds[0].value
         for k in counts:
             is_measured = self.pass_seconds[k].count > 1  # not by the first pass, in which the step was captured
             seconds = self.pass_seconds[k].value if is_measured else seconds
-            tokens = sum(acceptance**i for i in range(k + 1))
+            tokens = sum(self.acceptance[source].value ** i for i in range(k + 1))
             yield tokens / (seconds + k * self.guess_seconds[source].value), source, k
             if not is_measured:
                 return
@@ -150,8 +149,9 @@ class Speculation:
             self.acceptance[source].add(float(i < accepted), self.passes)
         self.pass_seconds[k].add_seconds(pass_seconds, self.passes)
         seconds = self.pass_seconds[k].value + k * self.guess_seconds[source].value
+        plain = self.pass_seconds[0].value or seconds  # before the first pass without guesses
         # The first pass with k guesses is captured, which takes longer; so the time that counts has a limit.
-        self.lost += min(seconds / (self.pass_seconds[0].value or seconds), 2 * k + 1) - (1 + MAX_LOSS) * (accepted + 1)
+        self.lost += min(seconds / plain, 2 * k + 1) - (1 + MAX_LOSS) * (accepted + 1)
 
     def ask_draft(self, ids: list[int], k: int, params: SamplingParams) -> list[int]:
         """Up to `k` guesses of the draft. After an error it is not asked again."""

@@ -59,7 +59,6 @@ class Steady(Recorded):
 
     def __init__(self, draft: Engine | None, k: int, lookup: PromptLookup | None = None) -> None:
         super().__init__(draft, 15, lookup)
-        self.pass_seconds[0].add(1.0, 0)  # as if a pass without guesses had come first
         self.turns = itertools.count()
         self.k = k
 
@@ -498,8 +497,7 @@ def seconds_of_answer(prompt: list[int], answer: list[int], costs: list[float], 
         rest = answer[len(answer) - left :]
         accepted = next((i for i, guess in enumerate(guesses) if guess != rest[i]), tried)
         seconds = costs[tried] * draw.gauss(1, 0.05)
-        if k is None:
-            speculation.update(source, tried, accepted, seconds)
+        speculation.update(source, tried, accepted, seconds)
         spent += seconds
         ids += rest[: accepted + 1]
     return spent / len(answer)
